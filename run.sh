@@ -78,8 +78,9 @@ setup() { # FILE...
   python=${PYTHON:-python3}
   command -v "$python" >/dev/null ||
     die "$python not found: install Python 3.10 or newer (Debian, Ubuntu: sudo apt install python3 python3-venv)"
-  version=$("$python" -c 'import sys; print(sys.version, sys.base_prefix); sys.exit(sys.version_info < (3, 10))') ||
-    die "Python 3.10 or newer is needed, $python is ${version%% *}: name another, as in PYTHON=python3.12 ./run.sh"
+  version=$("$python" -c 'import sys; print(sys.version, sys.base_prefix); sys.exit(sys.version_info < (3, 10))' \
+    2>/dev/null) ||
+    die "Python 3.10 or newer is needed, and $python is $("$python" -V 2>&1): choose as in PYTHON=python3.12 ./run.sh"
   installed "$@" && return
   exec 9<"$here/run.sh"
   if command -v flock >/dev/null && ! flock -n 9; then

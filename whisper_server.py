@@ -424,7 +424,7 @@ def cue(segment: Segment, mark: str) -> str:
     >>> cue(Segment(0, 0, 0.0, 2.0, " a --> b", [], 0, 0, 0, 0), ",")
     '00:00:00,000 --> 00:00:02,000\na -> b\n\n'
     """
-    text = " ".join(segment.text.split()).replace("-->", "->")  # an arrow would end the cue's text
+    text = re.sub("--+>", "->", " ".join(segment.text.split()))  # an arrow would end the cue's text
     return f"{clock(segment.start, mark)} --> {clock(segment.end, mark)}\n{text}\n\n"
 
 
@@ -518,7 +518,7 @@ def render_json(transcript: Transcript, profile: Profile, verbose: bool, granula
         body |= {"segments": [segment_object(segment) for segment in transcript.segments]}
     if verbose and "word" in granularities:
         body |= {"words": word_objects(transcript)}
-    if profile == "openai":
+    if profile == "openai" and transcript.task == "transcribe":  # a translation has none
         body |= {"usage": usage(transcript)}
     return to_json(body, profile)
 
@@ -643,7 +643,7 @@ def read_form(chunks: Iterable[bytes], boundary: bytes, sink: IO[bytes]) -> Form
         with parser:
             for happening in itertools.chain.from_iterable(map(parser.parse, chunks)):
                 if isinstance(happening, multipart.MultipartSegment):
-                    name, text = happening.name, bytearray()
+                    name, text = happening.name or "?", bytearray()
                     if is_file(happening) and name == "file":
                         files, name, form.filename = files + 1, "", happening.filename or "audio"
                         if files > 1:
@@ -757,7 +757,7 @@ MAX_CHANNELS = 32  # FFmpeg's resampler mixes no more; 7.1 is the widest layout 
 MAX_BAD_PACKETS = 100_000  # a file of nothing but damage ends here, after a few seconds of CPU time
 WINDOW_SECONDS = 14.0  # longer windows decode slower and no better; Whisper takes at most 30
 MAX_GAP_SECONDS = 2.0  # a longer pause is not worth encoding
-PAD_SECONDS = 0.4  # kept around speech: the first and last sounds of a word are quiet
+PAD_SECONDS = 1.0  # kept around speech: the first and last sounds of a word are quiet
 VAD_BLOCK_SECONDS = 120  # looked at together; memory is flat however long the file is
 
 
@@ -1102,7 +1102,7 @@ def fetch_model(model: str, offline: bool, progress: Callable[[int, int], None])
 
 
 def fetch_from_hub(repository: str, revision: str | None, progress: Callable[[int, int], None]) -> Path:
-    """From the Hugging Face Hub. Resumes what was begun; its own bar goes to a terminal."""
+    """From the Hugging Face Hub. Resumes after a broken connection; its own bar goes to a terminal."""
     import huggingface_hub
     from tqdm import tqdm
 
@@ -1188,9 +1188,10 @@ FETCH_AGAIN_SECONDS = 30  # after a failed fetch; a network that is down now may
 # ------------------------------------------------------------------------------------------------
 
 FULL = 3000  # frames of 10 ms: what Whisper was trained on
-FITTED = (500, 700, 900, 1200, 1500, 2000, 2500, FULL)  # few sizes, so that windows share a batch
-FIT_MARGIN = 50  # frames after the sound; less and the model runs into the end
-STAMP_SLACK = 0.3  # seconds a stamp may lie past the sound before the window counts as misfit
+FITTED = (600, 800, 1000, 1200, 1500, 2000, FULL)  # few sizes, so that windows share a batch
+FIT_MARGIN = 300  # frames of nothing after the sound: with 50 one window in five went wrong, now none
+STAMP_SLACK = 2.0  # seconds a stamp may lie past the sound before the window counts as misfit
+MAX_TOKENS_A_SECOND = 10  # English takes 4; a short window that speaks faster has begun to loop
 REST_SPEECH_SECONDS = 0.2  # speech after the last stamp that is worth another decode
 SHARED_WINDOWS = 4  # of one file in one generate while other requests are about: a bound on their wait
 
@@ -1395,8 +1396,8 @@ class Attempt:
 def fitted(frames: int) -> int:
     """The encoder window for so many frames of sound.
 
-    >>> fitted(300), fitted(1200), fitted(2990)
-    (500, 1500, 3000)
+    >>> fitted(280), fitted(1150), fitted(2990)
+    (600, 1500, 3000)
     """
     return next(size for size in FITTED if size >= min(frames + FIT_MARGIN, FULL))
 
@@ -1445,14 +1446,17 @@ def fitted_whisper(whisper_model: type[Any]) -> type[Any]:
             attempt: Attempt = self.current.attempt
             if attempt.frames == FULL:
                 return super().generate_with_fallback(encoding, prompt, tokenizer, options)
+            sound = len(attempt.window.samples) / RATE
+            most = int(MAX_TOKENS_A_SECOND * sound) + 20
             once = dataclasses.replace(options, temperatures=options.temperatures[:1])
+            once.max_new_tokens = min(most, self.max_length - len(prompt))
             decoded = super().generate_with_fallback(encoding, prompt, tokenizer, once)
             result, avg_logprob, _, compression_ratio = decoded
             tokens = result.sequences_ids[0]
             last = max(tokens, default=0) - tokenizer.timestamp_begin
-            sound = len(attempt.window.samples) / RATE
             if (
                 last * 0.02 > sound + STAMP_SLACK
+                or len(tokens) >= most
                 or avg_logprob < options.log_prob_threshold
                 or compression_ratio > options.compression_ratio_threshold
                 or says_it_twice(tokenizer.decode(tokens))
@@ -1629,11 +1633,11 @@ class Child:
 
     def fetch(self) -> Path:
         """Bring the model's files, telling how far it is."""
-        shown = [0.0]
+        shown = [0]  # bytes
 
         def progress(done: int, total: int) -> None:
-            if time.monotonic() - shown[0] > 0.5 or done >= total:
-                shown[0] = time.monotonic()
+            if abs(done - shown[0]) >= total / 200 or done >= total:  # by bytes, so that a stall shows truly
+                shown[0] = done
                 self.busy(math.inf)
                 self.send("state", {"state": "fetching", "bytes_done": done, "bytes_total": total})
 
@@ -1780,9 +1784,13 @@ def child_main(pipe: Any, settings: Settings, model: str, gpu: bool) -> None:
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)  # a terminal and systemd send them to all; the parent decides
     start_logging(settings)
-    os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+    quiet = ("HF_HUB_DISABLE_TELEMETRY", "ORT_DISABLE_TELEMETRY", "DO_NOT_TRACK")  # onnxruntime reports home
+    os.environ |= dict.fromkeys(quiet, "1")
     if settings.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore that outlives a killed process
     Child(pipe, settings, model, gpu).run()
 
 
@@ -1804,7 +1812,7 @@ class Job:
     options: Options
     events: queue.SimpleQueue[tuple[Any, ...]] = dataclasses.field(default_factory=queue.SimpleQueue)
     tries: int = 0
-    begun: bool = False  # segments have been passed on, so that it cannot be done again
+    begun: bool = False  # segments have been passed on; a stream cannot take them back
     progress: tuple[float, float] = (0.0, 0.0)  # seconds of sound: done, known so far
 
 
@@ -1953,12 +1961,14 @@ class Worker:
         if on_gpu and self.deaths >= DEATHS_ON_GPU and self.settings.device != "gpu":
             self.gpu = False
             log.error("model %s: %d deaths on the GPU; using the CPU from now on", self.model, self.deaths)
-        suspects = list(self.again)[:1] if self.again else list(self.jobs.values())
-        for job in suspects:
-            if job.begun or job.tries >= TRIES:
+        waiting = set(list(self.again)[1:])  # for their second try; the dead child never had them
+        for job in [job for job in self.jobs.values() if job not in waiting]:
+            if job.tries >= TRIES or (job.begun and job.options.stream):
                 lost = Refusal(500, "The worker process died over this request.", type="server_error")
                 job.events.put(("failed", lost))
                 self.jobs.pop(job.id, None)
+            elif job.begun:
+                job.events.put(("again",))
         queued = set(self.again)
         self.again.extend(job for job in self.jobs.values() if job not in queued)
         while self.again and self.again[0].id not in self.jobs:
@@ -2073,7 +2083,8 @@ class Body:
         self.stretch, self.stretch_received = time.monotonic(), 0
 
     def __iter__(self) -> Iterator[bytes]:
-        self.before()
+        if not self.finished and not self.received:  # once, though a body may be read in two loops
+            self.before()
         self.stretch = time.monotonic()
         while not self.finished:
             if self.length is None and self.chunk == 0 and not self._next_chunk():
@@ -2192,6 +2203,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.timings: dict[str, float] = {}  # seconds, by what they went into
         self.chunked: list[tuple[str, str]] = []
         self.path = "-"
+        self.request_version = self.protocol_version  # http.server sets it only with a good head
         self.request_id = str(uuid.uuid4())
         self.headers = http.client.HTTPMessage()
         try:
@@ -2381,7 +2393,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.model_of(name)
 
     def listen(self, worker: Worker, job: Job) -> Iterator[tuple[Any, ...]]:
-        """What becomes of a job: ("segments", [Segment]), ("tick",) while nothing happens, ("done", ...).
+        """What becomes of a job: ("segments", [Segment]), ("again",), ("tick",) in between, ("done", ...).
 
         Raises the job's Refusal, 503 while the model's files are still coming, and ConnectionError
         when the client has left.
@@ -2417,6 +2429,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for kind, *rest in self.listen(worker, job):
             if kind == "segments":
                 segments += rest[0]
+            elif kind == "again":  # the worker died; all of it comes once more
+                segments.clear()
             elif kind == "done":
                 language, duration = rest[:2]
         if self.server.settings.strict and duration < 0.1:
