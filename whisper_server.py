@@ -1619,8 +1619,8 @@ class Child:
                     file = os.fdopen(descriptor, "rb")
                     work = self.works[rest[0]] = Work(rest[0], rest[1], file)
                     threading.Thread(target=self.serve, args=(work,), daemon=True).start()
-                elif kind == "cancel" and rest[0] in self.works:
-                    self.works[rest[0]].cancelled.set()
+                elif kind == "cancel" and (leaving := self.works.get(rest[0])):
+                    leaving.cancelled.set()
                 elif kind in ("fetch", "load"):
                     prepare = {"fetch": self.fetch_ahead, "load": self.loaded}[kind]
                     threading.Thread(target=prepare, daemon=True).start()
@@ -1649,6 +1649,7 @@ class Child:
                 self.send("state", {"state": "fetching", "bytes_done": 0, "bytes_total": 0})
                 found = fetch_model(self.model, self.settings.offline, progress)
                 log.info("model %s: files are in %s", self.model, found)
+        self.busy(STEP_SECONDS)
         self.send("state", {"state": "not loaded"})
         return found
 
@@ -1786,6 +1787,7 @@ def child_main(pipe: Any, settings: Settings, model: str, gpu: bool) -> None:
     start_logging(settings)
     quiet = ("HF_HUB_DISABLE_TELEMETRY", "ORT_DISABLE_TELEMETRY", "DO_NOT_TRACK")  # onnxruntime reports home
     os.environ |= dict.fromkeys(quiet, "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin stop one another on busy cores
     if settings.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     from tqdm import tqdm
@@ -1861,16 +1863,18 @@ class Worker:
 
     def tick(self) -> None:
         """Called about twice a second: ends a child that is idle or hangs."""
-        with self.lock:
-            if self.process is None:
-                return
-            now, idle = time.monotonic(), self.settings.idle_seconds
-            if self.jobs and now > self.patience:
-                log.error("model %s: the worker hangs; ending it", self.model)
-                self.process.kill()
-            elif not self.jobs and idle and now - self.idle_since > idle and not self.fetching:
-                log.info("model %s: idle for %d s; ending the worker", self.model, idle)
-                self._stop()
+        process, idle = self.process, self.settings.idle_seconds
+        if process is not None and self.jobs and time.monotonic() > self.patience:
+            log.error("model %s: the worker hangs; ending it", self.model)
+            process.kill()  # without the lock: who holds it may be sending to a child that reads no more
+        elif self.lock.acquire(blocking=False):
+            try:
+                unused = self.process is not None and not self.jobs and not self.fetching
+                if unused and idle and time.monotonic() - self.idle_since > idle:
+                    log.info("model %s: idle for %d s; ending the worker", self.model, idle)
+                    self._stop()
+            finally:
+                self.lock.release()
 
     def stop(self) -> None:
         """End the child at once."""
@@ -1992,7 +1996,9 @@ TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 
 
 class Wire:
-    """The bytes a client sends, with a deadline over many reads instead of a time limit for each."""
+    """A client's connection, with a deadline over many reads instead of a time limit for each."""
+
+    closed = True  # for http.server: there is nothing to flush
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection, self.buffer, self.deadline = connection, b"", math.inf
@@ -2023,8 +2029,14 @@ class Wire:
         data, self.buffer = self.buffer[:most], self.buffer[most:]
         return data
 
+    def write(self, data: bytes) -> None:
+        """Send all of it, however long that takes, as long as the client takes 64 kB in 30 s."""
+        self.connection.settimeout(STALL_SECONDS)
+        for at in range(0, len(data), 64 * 1024):
+            self.connection.sendall(memoryview(data)[at : at + 64 * 1024])
+
     def close(self) -> None:
-        """http.server closes its rfile; there is nothing to close here."""
+        """http.server closes its files; there is nothing to close here."""
 
 
 def bad_request(message: str, status: int = 400) -> Refusal:
@@ -2037,6 +2049,7 @@ def read_head(wire: Wire) -> bytes:
 
     http.server accepts bare LF, folded lines and lines without a colon, and drops every header
     after such a line, Content-Length too: a body is then read as the next request (engine.md §8).
+    What is wrong is told without quoting it, since a misspelt header may hold a key.
     """
     lines = [wire.readline()]
     while True:
@@ -2046,24 +2059,28 @@ def read_head(wire: Wire) -> bytes:
                 "A line of the request's head does not end in CRLF."
             )  # fmt: skip
             raise bad_request(message, 431 if too_long and len(lines) > 1 else 414 if too_long else 400)
+        if len(lines) == 1 and not re.fullmatch(TOKEN + rb" [^\x00-\x20]+ HTTP/1\.[01]\r\n", lines[0]):
+            raise bad_request("The request does not begin with 'METHOD /path HTTP/1.1'.")
         if lines[-1] == b"\r\n":
             return b"".join(lines)
         if len(lines) > 1 and not re.fullmatch(TOKEN + rb":[^\x00\r\n]*\r\n", lines[-1]):
-            raise bad_request(f"Not a header line: {lines[-1][:80]!r}.")
+            raise bad_request(f"Line {len(lines)} of the request's head is not 'Name: value'.")
         if len(lines) > MAX_HEADERS:
             raise bad_request(f"The request has more than {MAX_HEADERS} header lines.", 431)
         lines.append(wire.readline())
 
 
-def framing(headers: Any) -> int | None:
+def framing(headers: Any, version: str) -> int | None:
     """The body's length in bytes; None: it is chunked. Raises Refusal 400 where two readers might differ."""
     coding = headers.get_all("Transfer-Encoding", [])
-    lengths = set(headers.get_all("Content-Length", []))
-    if coding and (lengths or [text.strip().lower() for text in coding] != ["chunked"]):
+    lengths = {text.strip(" \t") for text in headers.get_all("Content-Length", [])}
+    if coding and (lengths or [text.strip(" \t").lower() for text in coding] != ["chunked"]):
         raise bad_request("Transfer-Encoding must be 'chunked', once, and without Content-Length.")
+    if coding and version == "HTTP/1.0":  # which has no chunks; a proxy may see another end
+        raise bad_request("Transfer-Encoding needs HTTP/1.1.")
     if coding:
         return None
-    if len(lengths) > 1 or not all(re.fullmatch(r"[0-9]{1,18}", text.strip(), re.ASCII) for text in lengths):
+    if len(lengths) > 1 or not all(re.fullmatch(r"[0-9]{1,18}", text) for text in lengths):
         raise bad_request(f"Content-Length must be one whole number, but is {sorted(lengths)}.")
     return int(lengths.pop()) if lengths else 0
 
@@ -2127,9 +2144,12 @@ class Body:
         if self.chunk:
             return True
         for _ in range(32):  # trailers; nobody sends any
-            if self._line() == b"\r\n":
+            line = self._line()
+            if line == b"\r\n":
                 self.finished = True
                 return False
+            if not line.endswith(b"\r\n"):
+                raise bad_request("A trailer of the chunked body does not end in CRLF.")
         raise bad_request("The chunked body has too many trailers.")
 
 
@@ -2187,10 +2207,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- one request ------------------------------------------------------------------------------
 
     def setup(self) -> None:
-        """Read through a Wire, so that deadlines hold over many reads."""
+        """Read and write through a Wire, so that deadlines hold over many reads."""
         super().setup()
         self.wire = Wire(self.connection)
-        self.rfile = self.wire  # type: ignore[assignment]
+        self.rfile = self.wfile = self.wire  # type: ignore[assignment]
 
     def handle_one_request(self) -> None:
         """Overrides http.server's loop body: read, judge, answer; every error is answered here."""
@@ -2215,7 +2235,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except (ConnectionError, TimeoutError):
             self.close_connection = True  # the client has left
         except Exception:
-            log.exception("%s %s failed", self.command, self.path)
+            log.exception("%s %s failed", self.command, self.path.partition("?")[0])
             self.refuse(Refusal(500, "The server made a mistake; its log tells which.", type="server_error"))
 
     def await_request(self) -> bool:
@@ -2237,8 +2257,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except TimeoutError:
             raise bad_request(f"The request's head took longer than {HEAD_SECONDS} s.", 408) from None
         line, _, rest = head.partition(b"\r\n")
-        if not re.fullmatch(TOKEN + rb" [^\x00-\x20]+ HTTP/1\.[01]", line):
-            raise bad_request(f"Not an HTTP/1.1 request line: {line[:80]!r}.")
         self.raw_requestline = line + b"\r\n"
         self.rfile = io.BytesIO(rest)
         self.parse_request()
@@ -2246,7 +2264,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         hosts = self.headers.get_all("Host", [])
         if len(hosts) > 1 or (not hosts and self.request_version == "HTTP/1.1"):
             raise bad_request("The request must have one Host header.")
-        length = framing(self.headers)
+        length = framing(self.headers, self.request_version)
         self.body = Body(self.wire, length, self.server.settings.upload_limit(), self.go_on)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
@@ -2638,9 +2656,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         seconds = time.monotonic() - self.begun
         level = logging.DEBUG if self.path == "/health" else logging.INFO
         address = self.client_address[0]
-        log.log(
-            level, "%s %s %s %d %d B %.3f s", address, self.command, self.path, self.status, size, seconds
-        )
+        path = self.path.partition("?")[0]  # some clients put their key into the query
+        log.log(level, "%s %s %s %d %d B %.3f s", address, self.command, path, self.status, size, seconds)
 
 
 def names_machine(host: str) -> bool:
@@ -2877,6 +2894,8 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(number, server.on_signal)
     host, port = ("localhost" if server.loopback else settings.host), server.server_port
     log.info("Azure Whisper server %s on http://%s:%d, model %s", __version__, host, port, settings.model)
+    if not server.loopback and not settings.api_keys:
+        log.warning("anybody who reaches %s may use this server: WHISPER_API_KEYS is not set", settings.host)
     server.prepare()
     server.serve_forever()
     server.server_close()
