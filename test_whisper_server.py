@@ -27,6 +27,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -51,7 +52,7 @@ import pytest_audioeval
 import requests
 import tokenizers
 from faster_whisper.tokenizer import _LANGUAGE_CODES
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from openai.types.audio import (
     Transcription,
@@ -3383,3 +3384,1319 @@ def test_a_bad_body(server: Served, what: str) -> None:
 def test_a_part_without_a_name_is_dropped(server: Served) -> None:
     parts = [("Content-Disposition: form-data", b"RIFF"), upload(), ("Content-Disposition: form-data", b"x")]
     assert is_json(exchange(server, request_bytes(HEX, form_bytes(HEX, *parts))))
+
+
+settings.register_profile("unhurried", deadline=None)  # a busy machine is no fault
+settings.load_profile("unhurried")
+
+# ------------------------------------------------------------------------------------------------
+# hostile input: what its tests share
+# ------------------------------------------------------------------------------------------------
+
+HOST = "Host: localhost"
+NEXT = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"  # must never be read as a request
+
+
+def lines_of(*lines: str | bytes) -> bytes:
+    """The head of a request, or a part of it."""
+    return b"".join((line if isinstance(line, bytes) else line.encode()) + b"\r\n" for line in lines)
+
+
+def part_of(name: str, value: bytes = b"", filename: str | None = None) -> bytes:
+    """A part of a form with the boundary `edge`, from its delimiter to the line end after its value."""
+    named = "" if filename is None else f'; filename="{filename}"'
+    head = f'--edge\r\nContent-Disposition: form-data; name="{name}"{named}\r\n\r\n'
+    return head.encode("utf-8", "surrogateescape") + value + b"\r\n"
+
+
+def form_of(*parts: bytes) -> bytes:
+    """A whole form; without parts one with the English clip."""
+    return b"".join(parts or (part_of("file", ENGLISH.bytes, "a.wav"),)) + b"--edge--\r\n"
+
+
+def post_of(body: bytes, *headers: str, path: str = AZURE, length: int | None = None) -> bytes:
+    """A request with that form as it goes over the wire; the connection may be kept."""
+    size = f"Content-Length: {len(body) if length is None else length}"
+    kind = "Content-Type: multipart/form-data; boundary=edge"
+    return lines_of(f"POST {path} HTTP/1.1", HOST, kind, size, *headers, "") + body
+
+
+def statuses(data: bytes) -> list[int]:
+    """The status of every answer in the bytes that came back."""
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d\d\d) ", data)]
+
+
+def in_time(done: Callable[[], Any], seconds: float = 30) -> Any:
+    """What `done` returns as soon as that is true."""
+    end = time.monotonic() + seconds
+    while not (result := done()):
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.02)
+    return result
+
+
+def heard_right(served: Served, **fields: Any) -> bool:
+    """Whether a good request is answered right."""
+    answer = served.post(**fields)
+    assert answer.status_code == 200, answer.text
+    return wrong(answer.json()["text"], ENGLISH.said) <= 0.2
+
+
+def connect(served: Served) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(served.port)), timeout=30)
+
+
+def answered(connection: socket.socket) -> bytes:
+    """One answer, by its Content-Length; the connection stays open."""
+    got = b""
+    while not (found := re.search(rb"(?s)^.*?Content-Length: (\d+)\r\n.*?\r\n\r\n", got)) or len(got) < (
+        found.end() + int(found[1])
+    ):
+        piece = connection.recv(65536)
+        assert piece, got
+        got += piece
+    return got
+
+
+def ended(connection: socket.socket) -> bytes:
+    """All that comes until the server closes; a reset ends it, too."""
+    got = b""
+    with contextlib.suppress(ConnectionError):
+        while piece := connection.recv(65536):
+            got += piece
+    return got
+
+
+# ------------------------------------------------------------------------------------------------
+# hostile HTTP: a request that two readers could understand differently is refused, with a close
+# ------------------------------------------------------------------------------------------------
+
+HEALTH = "GET /health HTTP/1.1"
+CHUNKED_POST = ("POST /health HTTP/1.1", HOST)
+UNREADABLE: dict[str, bytes] = {
+    "te-and-length": lines_of(*CHUNKED_POST, "Content-Length: 5", "Transfer-Encoding: chunked", "", "0", ""),
+    "length-and-te": lines_of(*CHUNKED_POST, "Transfer-Encoding: chunked", "Content-Length: 5", "", "0", ""),
+    "te-twice": lines_of(*CHUNKED_POST, *["Transfer-Encoding: chunked"] * 2, "", "0", ""),
+    "te-list": lines_of(*CHUNKED_POST, "Transfer-Encoding: chunked, chunked", "", "0", ""),
+    "te-gzip": lines_of(*CHUNKED_POST, "Transfer-Encoding: gzip, chunked", "", "0", ""),
+    "te-identity": lines_of(*CHUNKED_POST, "Transfer-Encoding: identity", ""),
+    "te-odd-space": lines_of(*CHUNKED_POST, b"Transfer-Encoding: \x0bchunked", "", "0", ""),
+    "te-nbsp": lines_of(*CHUNKED_POST, b"Transfer-Encoding: chunked\xa0", "", "0", ""),
+    "te-quoted": lines_of(*CHUNKED_POST, 'Transfer-Encoding: "chunked"', "", "0", ""),
+    "te-parameter": lines_of(*CHUNKED_POST, "Transfer-Encoding: chunked;q=1", "", "0", ""),
+    "te-empty": lines_of(*CHUNKED_POST, "Transfer-Encoding:", ""),
+    "te-in-1.0": lines_of("POST /health HTTP/1.0", "Connection: keep-alive", "Transfer-Encoding: chunked", "")
+    + b"0\r\n\r\n",
+    "te-space-before-colon": lines_of(*CHUNKED_POST, "Transfer-Encoding : chunked", "", "0", ""),
+    "two-lengths": lines_of(*CHUNKED_POST, "Content-Length: 5", "Content-Length: 0", ""),
+    "two-spellings-of-a-length": lines_of(*CHUNKED_POST, "Content-Length: 5", "Content-Length: 05", ""),
+    "length-list": lines_of(*CHUNKED_POST, "Content-Length: 5, 5", ""),
+    "length-plus": lines_of(*CHUNKED_POST, "Content-Length: +5", ""),
+    "length-minus": lines_of(*CHUNKED_POST, "Content-Length: -1", ""),
+    "length-underscore": lines_of(*CHUNKED_POST, "Content-Length: 0_5", ""),
+    "length-hex": lines_of(*CHUNKED_POST, "Content-Length: 0x5", ""),
+    "length-float": lines_of(*CHUNKED_POST, "Content-Length: 5.0", ""),
+    "length-word": lines_of(*CHUNKED_POST, "Content-Length: abc", ""),
+    "length-empty": lines_of(*CHUNKED_POST, "Content-Length:", ""),
+    "length-inner-space": lines_of(*CHUNKED_POST, "Content-Length: 5 5", ""),
+    "length-odd-space": lines_of(*CHUNKED_POST, b"Content-Length: 5\xa0", ""),
+    "length-vertical-tab": lines_of(*CHUNKED_POST, b"Content-Length: \x0b5", ""),
+    "length-superscript": lines_of(*CHUNKED_POST, b"Content-Length: \xb2", ""),
+    "length-huge": lines_of(*CHUNKED_POST, "Content-Length: " + "9" * 40, ""),
+    "length-space-before-colon": lines_of(*CHUNKED_POST, "Content-Length : 5", ""),
+    "bare-lf-line": lines_of(HEALTH) + b"Host: localhost\nX-A: b\r\n\r\n",
+    "bare-lf-all": b"GET /health HTTP/1.1\nHost: localhost\n\n",
+    "bare-lf-end": lines_of(HEALTH, HOST) + b"\n",
+    "bare-cr": lines_of(HEALTH, HOST, b"X-A: b\rContent-Length: 5", ""),
+    "cr-cr-lf": lines_of(HEALTH, HOST, b"X-A: b\r", ""),
+    "no-colon": lines_of(HEALTH, HOST, "nonsense", "Content-Length: 5", ""),
+    "no-name": lines_of(HEALTH, HOST, ": b", ""),
+    "space-in-name": lines_of(HEALTH, HOST, "X A: b", ""),
+    "nul-in-name": lines_of(HEALTH, HOST, b"X\x00A: b", ""),
+    "nul-in-value": lines_of(HEALTH, HOST, b"X-A: b\x00c", ""),
+    "latin-1-name": lines_of(HEALTH, HOST, b"X\xe9: b", ""),
+    "obs-fold": lines_of(HEALTH, HOST, "X-A: b", " c", ""),
+    "obs-fold-tab": lines_of(HEALTH, HOST, "X-A: b", "\tContent-Length: 5", ""),
+    "fold-of-the-first-line": lines_of(HEALTH, " Host: localhost", ""),
+    "unix-from": lines_of(HEALTH, "From me", HOST, ""),
+    "http-0.9-end": b"GET /health\r\n\r\n",
+    "http-2": lines_of("GET /health HTTP/2.0", HOST, ""),
+    "http-2-preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "http-1.10": lines_of("GET /health HTTP/1.10", HOST, ""),
+    "http-lower-case": lines_of("GET /health http/1.1", HOST, ""),
+    "two-spaces": lines_of("GET  /health HTTP/1.1", HOST, ""),
+    "tab": lines_of("GET\t/health\tHTTP/1.1", HOST, ""),
+    "space-in-target": lines_of("GET /health HTTP/1.1 HTTP/1.1", HOST, ""),
+    "space-after-version": lines_of("GET /health HTTP/1.1 ", HOST, ""),
+    "space-before-method": lines_of(" GET /health HTTP/1.1", HOST, ""),
+    "no-method": lines_of("/health HTTP/1.1", HOST, ""),
+    "nul-in-target": lines_of(b"GET /health\x00 HTTP/1.1", HOST, ""),
+    "empty-line-first": lines_of("", HEALTH, HOST, ""),
+    "no-host": lines_of(HEALTH, ""),
+    "two-hosts": lines_of(HEALTH, HOST, "Host: example.org", ""),
+    "tls": bytes.fromhex("16030100f4010000f00303") + b"x" * 200 + b"\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_unreadable_request_is_refused_and_nothing_after_it_is_read(server: Served, what: str) -> None:
+    data = server.raw(UNREADABLE[what] + NEXT, timeout=20)  # ends only with the server's close
+    assert statuses(data) == [400], data
+    assert b"\r\nConnection: close\r\n" in data and b'"message"' in data
+
+
+def test_http_0_9_is_refused_at_its_first_line(server: Served) -> None:
+    with connect(server) as connection:
+        connection.sendall(b"GET /health\r\n")  # and no more: such a request has no headers
+        connection.settimeout(20)
+        assert statuses(connection.recv(65536)) == [400]
+
+
+def test_readable_requests_are_not_refused(server: Served) -> None:
+    for kept in (
+        lines_of(HEALTH, HOST, ""),
+        lines_of(HEALTH, HOST, "X-A:b", "X-B:", "X-C: \t c \t", b"X-D: \xff", "Content-Length: 0", ""),
+        lines_of(HEALTH, "host: 127.0.0.1:80", "Content-Length: 0", "Content-Length: 0 ", ""),
+    ):
+        assert statuses(server.raw(kept + lines_of(HEALTH, HOST, "Connection: close", ""))) == [200, 200]
+    assert statuses(server.raw(lines_of("GET /health HTTP/1.0", ""))) == [200]
+
+
+CHUNK_HEAD = lines_of(
+    f"POST {AZURE} HTTP/1.1",
+    HOST,
+    "Content-Type: multipart/form-data; boundary=edge",
+    "Transfer-Encoding: chunked",
+    "",
+)
+BAD_CHUNKS: dict[str, bytes] = {
+    "no-size": b"\r\nabc\r\n0\r\n\r\n",
+    "plus": b"+3\r\nabc\r\n0\r\n\r\n",
+    "minus": b"-3\r\nabc\r\n0\r\n\r\n",
+    "0x": b"0x3\r\nabc\r\n0\r\n\r\n",
+    "underscore": b"0_3\r\nabc\r\n0\r\n\r\n",
+    "space-first": b" 3\r\nabc\r\n0\r\n\r\n",
+    "bare-lf": b"3\nabc\n0\n\n",
+    "bare-cr-in-extension": b"3;a\rb\r\nabc\r\n0\r\n\r\n",
+    "huge": b"f" * 17 + b"\r\nabc\r\n0\r\n\r\n",
+    "long-extension": b"3;" + b"a" * 2000 + b"\r\nabc\r\n0\r\n\r\n",
+    "no-crlf-after-data": b"3\r\nabcd\r\n0\r\n\r\n",
+    "lf-after-data": b"3\r\nabc\n0\r\n\r\n",
+    "bare-lf-trailer": form_of() and b"%x\r\n%b\r\n0\r\nX: y\n\r\n" % (len(form_of()), form_of()),
+    "bare-lf-end": b"%x\r\n%b\r\n0\r\n\n" % (len(form_of()), form_of()),
+    "trailers": b"%x\r\n%b\r\n0\r\n" % (len(form_of()), form_of()) + b"X: y\r\n" * 99 + b"\r\n",
+    "trailer-without-end": b"%x\r\n%b\r\n0\r\n" % (len(form_of()), form_of()) + b"X" * 70_000,
+}
+
+
+@pytest.mark.parametrize("what", BAD_CHUNKS)
+def test_badly_chunked_body_is_refused_and_nothing_after_it_is_read(server: Served, what: str) -> None:
+    data = server.raw(CHUNK_HEAD + BAD_CHUNKS[what] + NEXT, timeout=20, close=True)
+    assert statuses(data) == [400], data
+    assert b"\r\nConnection: close\r\n" in data
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        lines_of(HEALTH, HOST),
+        lines_of("GET / HTTP/1.1", HOST),
+        lines_of("POST /nope HTTP/1.1", HOST),
+        lines_of(f"GET {AZURE} HTTP/1.1", HOST),
+        lines_of(f"OPTIONS {AZURE} HTTP/1.1", HOST),
+        lines_of("HEAD /health HTTP/1.1", HOST),
+        lines_of(f"POST {AZURE} HTTP/1.1", HOST, "Content-Type: text/plain"),
+        lines_of(f"POST {AZURE} HTTP/1.1", HOST, "Origin: http://evil.example"),
+    ],
+    ids=["get", "page", "no-route", "method", "options", "head", "type", "origin"],
+)
+@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
+def test_unread_body_is_never_the_next_request(server: Served, head: bytes, chunked: bool) -> None:
+    size = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {len(NEXT)}"
+    body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(NEXT), NEXT) if chunked else NEXT
+    data = server.raw(head + lines_of(size, "") + body + NEXT, timeout=20)
+    assert len(statuses(data)) == 1 and b"\r\nConnection: close\r\n" in data, data
+
+
+def test_body_longer_than_declared_is_not_the_next_request_of_an_error(server: Served) -> None:
+    body = form_of()
+    data = server.raw(post_of(body, length=len(body) - 60) + NEXT, timeout=20)
+    assert set(statuses(data)) == {400} and b"\r\nConnection: close\r\n" in data
+
+
+def test_body_shorter_than_declared_is_refused(server: Served) -> None:
+    body = form_of()
+    data = server.raw(post_of(body, length=len(body) + 50), close=True)
+    assert statuses(data) == [400] and f"ended after {len(body)} bytes".encode() in data
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\n", 414),
+        (lines_of(HEALTH, HOST) + b"X-A: " + b"a" * 40_000 + b"\r\n", 431),
+        (lines_of(HEALTH, HOST) + b"X" * 40_000, 431),
+        (lines_of(HEALTH, HOST) + b"X-A: a\r\n" * 20_000, 431),
+    ],
+    ids=["target", "value", "name", "many"],
+)
+def test_giant_head_is_refused_before_it_ends(server: Served, head: bytes, status: int) -> None:
+    with connect(server) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(head)  # no empty line ever comes
+            connection.shutdown(socket.SHUT_WR)
+        assert statuses(ended(connection)) == [status]
+
+
+# -- slow clients, many connections ----------------------------------------------------------------
+
+HURRIED = """
+whisper_server.HEAD_SECONDS = whisper_server.STALL_SECONDS = 2
+whisper_server.IDLE_CONNECTION_SECONDS = 3
+whisper_server.MAX_CONNECTIONS = 8
+whisper_server.LINGER_SECONDS = 1
+"""
+
+
+@pytest.fixture(scope="session")
+def hurried(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server that is patient for 2 s instead of 30, and has room for 8 connections."""
+    with serving(tmp_path_factory.mktemp("hurried"), patch=HURRIED) as served:
+        yield served
+
+
+def trickle(connection: socket.socket, data: bytes, every: float = 0.1, most: float = 15) -> bytes:
+    """Send a byte at a time until the server answers; its answer."""
+    connection.settimeout(every)
+    end = time.monotonic() + most
+    for at in range(len(data)):
+        with contextlib.suppress(TimeoutError):
+            got = connection.recv(65536)
+            connection.settimeout(30)
+            return got + ended(connection)
+        assert time.monotonic() < end, "it is still listened to"
+        connection.sendall(data[at : at + 1])
+    raise AssertionError("the data has ended")
+
+
+def test_head_a_byte_at_a_time_is_cut(hurried: Served) -> None:
+    with connect(hurried) as connection:
+        data = trickle(connection, lines_of(HEALTH, HOST, "X-A: " + "a" * 1000))
+    assert statuses(data) == [408] and b"\r\nConnection: close\r\n" in data
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
+def test_body_a_byte_at_a_time_is_cut(hurried: Served, chunked: bool) -> None:
+    with connect(hurried) as connection:
+        connection.sendall(CHUNK_HEAD if chunked else post_of(b"", length=1000))
+        body = form_of()[:1000]
+        data = trickle(connection, b"".join(b"1\r\n%c\r\n" % byte for byte in body) if chunked else body)
+    assert statuses(data) == [408] and b"\r\nConnection: close\r\n" in data
+    assert hurried.health()["requests"]["in_work"] == 0
+
+
+def test_body_that_stops_is_cut(hurried: Served) -> None:
+    with connect(hurried) as connection:
+        connection.sendall(post_of(form_of()[:5000], length=len(form_of())))
+        data = ended(connection)
+    assert statuses(data) == [408]
+    in_time(lambda: hurried.health()["requests"]["in_work"] == 0)
+
+
+def test_slow_but_steady_body_is_taken(hurried: Served) -> None:
+    body = form_of(part_of("response_format", b"x"), part_of("file", b"x" * 60_000, "a.wav"))
+    with connect(hurried) as connection:
+        connection.sendall(post_of(b"", length=len(body)))
+        for at in range(0, len(body), 4000):  # 4 s, twice the patience
+            connection.sendall(body[at : at + 4000])
+            time.sleep(0.25)
+        answer = answered(connection)
+    assert statuses(answer) == [400] and b"response_format" in answer
+
+
+def test_silent_connections_are_closed(hurried: Served) -> None:
+    with connect(hurried) as never, connect(hurried) as after:
+        after.sendall(lines_of(HEALTH, HOST, ""))
+        assert statuses(answered(after)) == [200]
+        assert ended(never) == b"" and ended(after) == b""
+
+
+def test_idle_connections_make_room_for_new_ones(hurried: Served) -> None:
+    with contextlib.ExitStack() as held:
+        for _ in range(30):
+            connection = held.enter_context(connect(hurried))
+            connection.sendall(lines_of(HEALTH, HOST, ""))
+            assert statuses(answered(connection)) == [200]
+
+
+def test_connections_are_capped_when_none_is_idle(hurried: Served) -> None:
+    with contextlib.ExitStack() as held:
+        in_time(lambda: len(list(Path(f"/proc/{hurried.process.pid}/task").iterdir())) < 4)
+        for _ in range(8):
+            connection = held.enter_context(connect(hurried))
+            connection.sendall(b"GET /health HTTP/1.1\r\n")
+        time.sleep(0.5)  # for all of them to have begun
+        with connect(hurried) as one_more:
+            data = ended(one_more)
+        assert statuses(data) == [503] and b"Connection: close" in data
+    in_time(lambda: statuses(hurried.raw(lines_of(HEALTH, HOST, "Connection: close", ""))) == [200])
+
+
+def test_answer_to_a_client_that_reads_slowly_is_whole(tmp_path: Path) -> None:
+    patch = """
+    whisper_server.STALL_SECONDS = 2
+    def page(self):
+        self.reply(200, "text/plain", b"x" * 40_000_000)
+    whisper_server.Handler.page = page
+    """
+    with serving(tmp_path, patch=patch) as served, connect(served) as connection:
+        connection.sendall(lines_of("GET / HTTP/1.1", HOST))
+        time.sleep(0.2)
+        connection.sendall(lines_of("Connection: close", ""))
+        size, end = 0, time.monotonic() + 60
+        while piece := connection.recv(500_000):
+            size += len(piece)
+            time.sleep(0.05)
+            assert time.monotonic() < end
+    assert size > 40_000_000
+
+
+def test_client_that_never_reads_its_answer_is_cut(tmp_path: Path) -> None:
+    patch = """
+    whisper_server.STALL_SECONDS = 1
+    def page(self):
+        self.reply(200, "text/plain", b"x" * 40_000_000)
+    whisper_server.Handler.page = page
+    """
+    with serving(tmp_path, patch=patch) as served, connect(served) as connection:
+        tasks = Path(f"/proc/{served.process.pid}/task")
+        before = len(list(tasks.iterdir()))
+        connection.sendall(lines_of("GET / HTTP/1.1", HOST, ""))
+        in_time(lambda: len(list(tasks.iterdir())) > before)
+        in_time(lambda: len(list(tasks.iterdir())) == before)
+
+
+# -- other sites, other names ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("localhost", None, 200),
+        ("127.0.0.1:8000", None, 200),
+        ("[::1]:8000", None, 200),
+        ("localhost:1", "http://localhost:1", 200),
+        ("evil.example", None, 403),
+        ("evil.example:8000", "http://evil.example:8000", 403),
+        ("localhost.evil.example", None, 403),
+        ("127.0.0.1.evil.example", None, 403),
+        ("evil.example#localhost", None, 403),
+        ("localhost", "http://evil.example", 403),
+        ("localhost", "null", 403),
+        ("localhost", "", 403),
+        ("localhost:1", "http://localhost:2", 403),
+        ("localhost", "http://localhost.evil.example", 403),
+        ("localhost", "http://user@localhost", 403),
+    ],
+)
+@pytest.mark.parametrize("path", ["/health", AZURE])
+def test_foreign_pages_and_names_are_refused(
+    server: Served, path: str, host: str, origin: str | None, status: int
+) -> None:
+    method = "GET" if path == "/health" else "POST"
+    status = 400 if path == AZURE and status == 200 else status  # there is no body
+    origins = [] if origin is None else [f"Origin: {origin}"]
+    data = server.raw(
+        lines_of(f"{method} {path} HTTP/1.1", f"Host: {host}", "Connection: close", *origins, "")
+    )
+    assert statuses(data) == [status] and b"Access-Control" not in data
+
+
+def test_listed_origin_is_allowed_and_no_other(tmp_path: Path) -> None:
+    with serving(tmp_path, ALLOWED_ORIGINS="https://a.example, https://b.example:1") as served:
+        for origin, status in (
+            ("https://a.example", 200),
+            ("https://b.example:1", 200),
+            ("https://b.example", 403),
+            ("https://a.example.evil.example", 403),
+            ("https://a.example, https://b.example:1", 403),
+        ):
+            answer = served.http.get("/health", headers={"Origin": origin})
+            allowed = answer.headers.get("access-control-allow-origin")
+            assert answer.status_code == status and allowed == (origin if status == 200 else None)
+        preflight = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+        answer = served.http.options(AZURE, headers=preflight)
+        assert answer.status_code == 204 and "POST" in answer.headers["access-control-allow-methods"]
+        answer = served.http.options(AZURE, headers=preflight | {"Origin": "https://evil.example"})
+        assert answer.status_code == 403 and "access-control-allow-methods" not in answer.headers
+
+
+def test_bind_to_all_addresses_takes_any_host_but_no_foreign_origin(tmp_path: Path) -> None:
+    with serving(tmp_path, HOST="0.0.0.0") as served:
+        named = {"Host": "whisper.lan"}
+        assert served.http.get("/health", headers=named).status_code == 200
+        rebound = named | {"Origin": "http://whisper.lan"}  # what a page at a rebound name sends
+        assert served.http.get("/health", headers=rebound).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "warned"), [("0.0.0.0", "", True), ("0.0.0.0", "k1", False), ("127.0.0.1", "", False)]
+)
+def test_public_address_without_a_key_is_warned_about(
+    tmp_path: Path, host: str, keys: str, warned: bool
+) -> None:
+    with serving(tmp_path, HOST=host, API_KEYS=keys) as served:
+        in_time(lambda: served.http.get("/health").status_code == 200)
+        served.wait_for("found in|not on this machine")
+        assert bool(re.search(r"WARNING .*WHISPER_API_KEYS", served.log())) == warned
+
+
+# -- what comes back, and what is written down -----------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["path", "deployment", "query", "field", "value", "file", "header", "type"])
+def test_nothing_a_client_sends_begins_a_header_or_a_log_line(server: Served, where: str) -> None:
+    evil = "a\r\nX-Evil: 1\r\n\r\n\x1b[31m2026-01-01 ERROR forged \u2028 \u202e \x85"
+    quoted = "".join(f"%{byte:02x}" for byte in evil.encode())
+    path = {
+        "path": f"/{quoted}",
+        "deployment": f"/openai/deployments/{quoted}/audio/transcriptions",
+        "query": f"{AZURE}&x={quoted}",
+    }.get(where, OPENAI if where == "field" else AZURE)
+    before = len(server.log())
+    fields = {"field": {"model": evil, "language": evil}, "value": {"response_format": evil}}.get(where, {})
+    if where == "type":
+        data = server.raw(
+            lines_of(
+                f"POST {AZURE} HTTP/1.1",
+                HOST,
+                b"Content-Type: \x1b[31m\x85\xe2\x80\xa8",
+                "Connection: close",
+                "",
+            )
+        )
+        head = data.partition(b"\r\n\r\n")[0]
+    else:
+        headers = {"x-ms-client-request-id": b"\x1b[31m\x85forged"} if where == "header" else {}
+        name = evil if where == "file" else "a.wav"
+        answer = server.http.post(
+            path, data=fields or {"temperature": "7"}, files={"file": (name, b"")}, headers=headers
+        )
+        assert answer.status_code in (400, 404), answer.text
+        head = b"".join(name + b": " + value + b"\r\n" for name, value in answer.headers.raw)
+        assert "x-evil" not in answer.headers
+    assert re.fullmatch(rb"([\x20-\x7e]+\r\n)*([\x20-\x7e]+)?", head), head
+    written = in_time(lambda: (server.log()[before:] + "\n").strip())
+    for line in written.splitlines():  # str.splitlines knows all line ends there are
+        assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING|ERROR|DEBUG) ", line), written
+    assert "\x1b" not in written and "\u202e" not in written
+
+
+KEY_LINES = {
+    "api-key": ["api-key: {key}"],
+    "bearer": ["Authorization: Bearer {key}"],
+    "basic": ["Authorization: Basic {key}"],
+    "spaced": ["api-key : {key}"],
+    "folded": ["api-key:", " {key}"],
+    "colonless": ["Authorization Bearer {key}"],
+    "control": ["api-key: {key}\x00"],
+    "first": None,
+}
+
+
+@pytest.mark.parametrize("how", KEY_LINES)
+def test_keys_are_nowhere_in_the_log_nor_in_health(tmp_path: Path, how: str) -> None:
+    key = "k3y-of-the-house"
+    with serving(tmp_path, API_KEYS=f"{key},other-key", LOG_LEVEL="debug") as served:
+        lines = [line.format(key=key) for line in KEY_LINES[how] or ()]
+        path = AZURE if lines else f"{AZURE}&api-key={key}"
+        data = served.raw(lines_of(f"POST {path} HTTP/1.1", HOST, "Connection: close", *lines, ""))
+        if how == "first":
+            data += served.raw(lines_of(f"api-key: {key}", f"POST {AZURE} HTTP/1.1", HOST, ""))
+        assert statuses(data)
+        shown = served.raw(lines_of(HEALTH, HOST, "Connection: close", f"api-key: {key}", ""))
+        shown += served.raw(
+            lines_of("GET /v1/models HTTP/1.1", HOST, "Connection: close", f"api-key: {key}", "")
+        )
+        assert statuses(shown) == [200, 200]
+        in_time(lambda: "/v1/models" in served.log())
+        assert key not in served.log() and "other-key" not in served.log()
+        assert key.encode() not in shown and b"other-key" not in shown
+
+
+# ------------------------------------------------------------------------------------------------
+# process: what dies, hangs, leaves or runs out, and the next good request
+# ------------------------------------------------------------------------------------------------
+
+# An engine that hears a word a second, for faults that need no model. Prompts make it misbehave.
+WORDY = """
+import os, signal
+
+class Wordy:
+    batch_size, compute_type = 2, "int8"
+    def __init__(self, directory, settings, gpu, busy):
+        self.device = "cuda" if gpu and BADLY else "cpu"
+        self.owner = whisper_server.Owner(None, 2, busy)
+    def check_language(self, code):
+        pass
+    def transcribe(self, work, window):
+        whisper_server.log.info("window of request %d", work.id)
+        if work.options.prompt == "die" or self.device == "cuda":
+            os.kill(os.getpid(), signal.SIGSEGV)
+            time.sleep(9)  # until it arrives
+        if work.options.prompt == "hang":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if work.options.prompt == "fail":
+            raise RuntimeError("on purpose")
+        time.sleep(SECONDS)
+        if not work.language.done():
+            work.language.set_result("en")
+        at = window.start / 16000
+        return [whisper_server.Segment(0, 0, at, at + 1, " word", [], 0.0, 0.0, 1.0, 0.0)]
+
+BADLY, SECONDS = False, 0.0
+whisper_server.Engine = Wordy
+whisper_server.locate_model = lambda model: whisper_server.Path("/")
+"""
+
+
+def noise(seconds: float, rate: int = 16_000) -> bytes:
+    """A WAV file of so many seconds of noise."""
+    data = random.Random(seconds).randbytes(int(seconds * rate) * 2)
+    head = struct.pack("<4sI8sIHHIIHH", b"RIFF", 36 + len(data), b"WAVEfmt ", 16, 1, 1, rate, rate * 2, 2, 16)
+    return head + struct.pack("<4sI", b"data", len(data)) + data
+
+
+SHORT = noise(1)
+
+
+def descended(served: Served) -> dict[int, str]:
+    """The states of the processes that the server has begun: `S`, `Z` and so on."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = path.read_text().rsplit(")", 1)[1].split()[:2]
+            if int(parent) == served.process.pid:
+                found[int(path.parent.name)] = state
+    return found
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended: a zombie whose parent died waits for nobody we test."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def open_files(pid: int) -> list[str]:
+    """What a process holds open, as the system spells it."""
+    names = []
+    with contextlib.suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if int(link.name) > 2:  # the first three are ours
+                    names.append(str(link.readlink()))
+    return names
+
+
+def kept_uploads(served: Served) -> list[str]:
+    """Temporary files that the server or its worker still holds."""
+    names = open_files(served.process.pid) + open_files(served.child() or 0)
+    return [name for name in names if name.startswith("/tmp/") and name.endswith("(deleted)")]
+
+
+@contextlib.contextmanager
+def asking(served: Served, count: int = 1, **fields: Any) -> Iterator[list[Any]]:
+    """Requests under way; their answers, as soon as `.result()` is called."""
+    with ThreadPoolExecutor(count) as pool:
+        yield [pool.submit(served.post, **fields) for _ in range(count)]
+
+
+def words(served: Served, **fields: Any) -> int:
+    """How many words a good request brought, from a server that is patched to hear them."""
+    answer = served.post(**{"sound": SHORT, **fields})
+    assert answer.status_code == 200, answer.text
+    return len(re.findall("word", answer.json()["text"]))
+
+
+@pytest.fixture(scope="session")
+def mortal(server: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server with the real model, which takes a second longer for each window."""
+    patch = """
+    real = whisper_server.Engine.transcribe
+    def slowly(self, work, window):
+        whisper_server.log.info("window of request %d", work.id)
+        time.sleep(1)
+        return real(self, work, window)
+    whisper_server.Engine.transcribe = slowly
+    """
+    with serving(tmp_path_factory.mktemp("mortal"), patch=patch) as served:
+        yield served
+
+
+@pytest.mark.parametrize(
+    ("when", "number"),
+    [("loading", signal.SIGSEGV), ("idle", signal.SIGKILL), ("mid-file", signal.SIGABRT)],
+    ids=["loading", "idle", "mid-file"],
+)
+def test_worker_dies_and_requests_are_answered_right(mortal: Served, when: str, number: int) -> None:
+    begun = len(mortal.log())
+    if when == "idle":
+        assert heard_right(mortal)
+        first = mortal.child()
+        assert first
+        os.kill(first, number)
+        in_time(lambda: "died" in mortal.log()[begun:])
+        state = mortal.health()["models"]["base"]
+        assert state == {"state": "not loaded", "last_death": f"exit code -{number}"}
+        assert heard_right(mortal)
+    else:
+        if when == "loading" and mortal.child():
+            os.kill(mortal.child() or 0, signal.SIGKILL)
+            in_time(lambda: "died" in mortal.log()[begun:])
+            begun = len(mortal.log())
+        with asking(mortal, 2) as answers:
+            sign = "loading from" if when == "loading" else r"window of request \d+"
+            in_time(lambda: re.search(sign, mortal.log()[begun:]), 60)
+            first = mortal.child()
+            assert first
+            os.kill(first, number)
+            for answer in answers:
+                assert answer.result().status_code == 200
+                assert wrong(answer.result().json()["text"], ENGLISH.said) <= 0.2
+        assert f"died (exit code -{int(number)}) with 2 jobs" in mortal.log()[begun:]
+    assert mortal.child() != first and gone(first) and "Z" not in descended(mortal).values()
+    assert mortal.health()["models"]["base"]["state"] == "ready"
+    in_time(lambda: not kept_uploads(mortal))
+
+
+def test_stream_that_has_begun_ends_in_an_error_when_the_worker_dies(tmp_path: Path) -> None:
+    with serving(tmp_path, patch=WORDY + "SECONDS = 0.5", VAD="0") as served:
+        sound = {"file": ("a.wav", noise(120))}
+        with served.http.stream("POST", OPENAI, data={"model": "w", "stream": "true"}, files=sound) as answer:
+            got = ""
+            for line in answer.iter_lines():
+                if "delta" in line and "delta" not in got:
+                    os.kill(served.child() or 0, signal.SIGKILL)
+                got += line + "\n"
+        assert '"error"' in got and "died" in got and "[DONE]" not in got
+        assert words(served) == 1
+
+
+def test_request_that_kills_the_worker_gets_500_and_spares_the_others(tmp_path: Path) -> None:
+    with serving(tmp_path, patch=WORDY + "SECONDS = 0.3", VAD="0") as served:
+        with asking(served, 3, sound=SHORT) as good, asking(served, 1, sound=SHORT, prompt="die") as bad:
+            assert bad[0].result().status_code == 500 and "died" in bad[0].result().text
+            assert [answer.result().status_code for answer in good] == [200] * 3
+        assert served.log().count("the worker died (") == 2  # it had a second try, alone
+        assert words(served) == 1 and in_time(lambda: not kept_uploads(served))
+
+
+def test_deaths_on_the_gpu_lead_to_the_cpu(tmp_path: Path) -> None:
+    with serving(tmp_path, patch=WORDY + "BADLY = True", VAD="0") as served:
+        assert served.post(sound=SHORT).status_code == 500
+        assert words(served) == 1
+        assert served.health()["models"]["base"]["device"] == "cpu"
+        assert served.log().count("the worker died (") == 2
+        assert "using the CPU from now on" in served.log()
+
+
+def test_failure_of_one_request_is_its_own(tmp_path: Path) -> None:
+    with serving(tmp_path, patch=WORDY, VAD="0") as served:
+        answer = served.post(sound=SHORT, prompt="fail")
+        assert answer.status_code == 500 and "on purpose" in answer.text
+        child = served.child()
+        assert words(served) == 1 and served.child() == child and in_time(lambda: not kept_uploads(served))
+
+
+# -- hangs -----------------------------------------------------------------------------------------
+
+IMPATIENT = WORDY + "whisper_server.STEP_SECONDS = 1\n"
+
+
+def test_worker_that_hangs_is_ended_and_its_request_done_again(tmp_path: Path) -> None:
+    with serving(tmp_path, patch=IMPATIENT, VAD="0") as served:
+        assert words(served) == 1
+        first = served.child() or 0
+        os.kill(first, signal.SIGSTOP)
+        assert words(served) == 1
+        assert "hangs; ending it" in served.log() and gone(first) and served.child() != first
+
+
+def test_request_that_hangs_the_worker_gets_500(tmp_path: Path) -> None:
+    with serving(tmp_path, patch=IMPATIENT, VAD="0") as served:
+        assert served.post(sound=SHORT, prompt="hang").status_code == 500
+        assert words(served) == 1
+
+
+def test_worker_that_hangs_after_a_fetch_is_ended(tmp_path: Path) -> None:
+    fetching = """
+whisper_server.locate_model = lambda model: None
+whisper_server.fetch_model = lambda model, offline, progress: whisper_server.Path("/")
+"""
+    with serving(tmp_path, patch=IMPATIENT + fetching, VAD="0") as served:
+        in_time(lambda: served.health()["models"]["base"]["state"] == "not loaded" and served.child())
+        served.wait_for("files are in")
+        os.kill(served.child() or 0, signal.SIGSTOP)
+        assert words(served) == 1 and "hangs; ending it" in served.log()
+
+
+def test_health_answers_while_a_hung_worker_reads_nothing(tmp_path: Path) -> None:
+    with serving(
+        tmp_path, patch=IMPATIENT.replace("STEP_SECONDS = 1", "STEP_SECONDS = 4"), VAD="0"
+    ) as served:
+        assert words(served) == 1
+        os.kill(served.child() or 0, signal.SIGSTOP)
+        with asking(served, 16, sound=SHORT, prompt="x" * 60_000) as answers:  # more than a pipe holds
+            in_time(lambda: served.health()["requests"]["in_work"] >= 16)
+            time.sleep(1)
+            asked = time.monotonic()
+            assert httpx.get(served.url + "/health", timeout=20).status_code == 200
+            assert time.monotonic() - asked < 2.5  # not first when the deadline has ended the hang
+            assert [answer.result().status_code for answer in answers] == [200] * 16
+
+
+# -- clients that leave, too many of them ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_client_leaves_and_its_windows_are_dropped(tmp_path: Path, stream: str) -> None:
+    with serving(tmp_path, patch=WORDY + "SECONDS = 0.2", VAD="0") as served:
+        body = form_of(part_of("stream", stream.encode()), part_of("file", noise(600), "a.wav"))  # 50 windows
+        with connect(served) as connection:
+            connection.sendall(post_of(body))
+            served.wait_for("window of request 1")
+        with asking(served, 2, sound=SHORT) as others:
+            served.wait_for("request 1: dropped")
+            assert [answer.result().status_code for answer in others] == [200, 200]
+        begun = served.log().count("window of request 1\n")
+        time.sleep(0.5)
+        assert served.log().count("window of request 1\n") == begun < 20
+        in_time(lambda: served.health()["requests"]["in_work"] == 0)
+        in_time(lambda: not kept_uploads(served))
+
+
+def test_client_leaves_while_it_uploads(server: Served) -> None:
+    for lingering in (False, True):
+        with connect(server) as connection:
+            connection.sendall(post_of(b"", length=5_000_000) + form_of()[:20_000])
+            in_time(lambda: server.health()["requests"]["in_work"] == 1)
+            if lingering:  # a reset instead of an end
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        in_time(lambda: server.health()["requests"]["in_work"] == 0)
+    assert in_time(lambda: not kept_uploads(server)) and "Traceback" not in server.log()
+
+
+def test_full_queue_answers_before_the_upload_and_health_always(tmp_path: Path) -> None:
+    with serving(tmp_path, patch=WORDY + "SECONDS = 1", MAX_QUEUE="20", VAD="0") as served:
+        assert words(served) == 1
+        with asking(served, 20, sound=SHORT) as answers:
+            in_time(lambda: served.health()["requests"]["in_work"] == 20)
+            with connect(served) as connection:
+                connection.sendall(post_of(b"", "Expect: 100-continue", length=10_000_000))
+                connection.settimeout(10)
+                data = answered(connection)
+            assert statuses(data) == [429] and re.search(rb"retry-after: [1-9]", data)
+            assert served.health()["requests"]["in_work"] == 20
+            assert [answer.result().status_code for answer in answers] == [200] * 20
+        assert words(served) == 1
+
+
+# -- the end of the server -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_first_signal_lets_requests_finish_and_takes_no_new_ones(tmp_path: Path, number: int) -> None:
+    with (
+        serving(tmp_path, patch=WORDY + "SECONDS = 2", VAD="0") as served,
+        asking(served, 2, sound=SHORT) as answers,
+    ):
+        in_time(lambda: served.log().count("window of request") == 2)
+        child = served.child() or 0
+        served.process.send_signal(number)
+        served.wait_for("stopping")
+        refused_now = served.http.post(AZURE, files={"file": ("a.wav", SHORT)})
+        assert refused_now.status_code == 503 and refused_now.headers["connection"] == "close"
+        assert served.http.get("/health").json()["status"] == "draining"
+        assert [answer.result().status_code for answer in answers] == [200, 200]
+        assert served.process.wait(10) == 0
+        assert gone(child) and "Traceback" not in served.log()
+        with pytest.raises(ConnectionRefusedError):
+            connect(served)
+
+
+def test_signal_without_requests_ends_at_once(tmp_path: Path) -> None:
+    with serving(tmp_path, patch=WORDY, VAD="0") as served, connect(served) as idle:
+        idle.sendall(lines_of(HEALTH, HOST, ""))
+        answered(idle)  # and keeps its connection
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(10) == 0
+
+
+def test_grace_period_ends(tmp_path: Path) -> None:
+    patch = WORDY + "SECONDS = 60\nwhisper_server.GRACE_SECONDS = 1"
+    with serving(tmp_path, patch=patch, VAD="0") as served, connect(served) as connection:
+        connection.sendall(post_of(form_of()))
+        served.wait_for("window of request")
+        child = served.child() or 0
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(15) == 0 and gone(child)
+
+
+def test_second_signal_ends_at_once(tmp_path: Path) -> None:
+    with serving(tmp_path, patch=WORDY + "SECONDS = 60", VAD="0") as served, connect(served) as connection:
+        connection.sendall(post_of(form_of()))
+        served.wait_for("window of request")
+        child = served.child() or 0
+        served.process.send_signal(signal.SIGTERM)
+        served.wait_for("stopping")
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(10) == 128 + signal.SIGTERM
+        in_time(lambda: gone(child))
+
+
+def test_death_of_the_server_leaves_no_worker(tmp_path: Path) -> None:
+    with serving(tmp_path, patch=WORDY + "SECONDS = 60", VAD="0") as served, connect(served) as connection:
+        connection.sendall(post_of(form_of()))
+        served.wait_for("window of request")
+        begun = [pid for pid in descended(served)]
+        assert served.child() in begun
+        served.process.kill()
+        in_time(lambda: all(gone(pid) for pid in begun))
+
+
+# -- what runs out ---------------------------------------------------------------------------------
+
+
+def test_full_disk_is_507_and_nothing_is_left(tmp_path: Path) -> None:
+    full = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+"""
+    with serving(tmp_path, patch=WORDY + full, VAD="0") as served:
+        for size in (600_000, 500_001, 5_000_000):
+            answer = served.post(sound=bytes(size))
+            assert answer.status_code == 507, answer.text
+            assert "cannot be stored" in answer.text
+        assert words(served, sound=noise(10)) >= 1
+        assert in_time(lambda: not kept_uploads(served)) and "Traceback" not in served.log()
+
+
+def test_no_place_for_temporary_files_is_507(tmp_path: Path) -> None:
+    patch = f"import tempfile; tempfile.tempdir = {str(tmp_path / 'away')!r}"
+    with serving(tmp_path, patch=WORDY + patch, VAD="0") as served:
+        answer = served.post(sound=SHORT)
+        assert answer.status_code == 507 and "cannot be stored" in answer.text
+        (tmp_path / "away").mkdir()
+        assert words(served) == 1 and not list((tmp_path / "away").iterdir())
+
+
+def test_out_of_descriptors_those_inside_go_on(tmp_path: Path) -> None:
+    few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))\n"
+    with serving(tmp_path, patch=few + WORDY, VAD="0") as served:
+        assert words(served) == 1
+        with contextlib.ExitStack() as held, connect(served) as inside:
+            inside.sendall(lines_of(HEALTH, HOST, ""))
+            answered(inside)
+            for _ in range(80):
+                held.enter_context(connect(served)).sendall(b"GET ")
+            in_time(lambda: len(open_files(served.process.pid)) >= 55)
+            used = sum(map(float, Path(f"/proc/{served.process.pid}/stat").read_text().split()[13:15]))
+            for _ in range(5):
+                inside.sendall(lines_of(HEALTH, HOST, ""))
+                assert statuses(answered(inside)) == [200]
+                time.sleep(0.2)
+            spent = (
+                sum(map(float, Path(f"/proc/{served.process.pid}/stat").read_text().split()[13:15])) - used
+            )
+            assert spent < 0.5 * os.sysconf("SC_CLK_TCK")  # it does not spin on accept
+            inside.sendall(post_of(form_of(part_of("file", SHORT, "a.wav"))))
+            assert statuses(answered(inside))[0] in (200, 503, 507)
+        in_time(lambda: len(open_files(served.process.pid)) < 40)
+        assert words(served) == 1
+
+
+WATCHED = """
+def watch(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+        whisper_server.log.error("NETWORK %s %r", event, arguments[1:])
+sys.addaudithook(watch)
+"""
+
+
+def test_cached_model_is_used_without_a_word_to_anybody(server: Served, tmp_path: Path) -> None:
+    with serving(tmp_path, patch=WATCHED) as served:
+        assert heard_right(served)
+        assert "NETWORK" not in served.log()
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_offline_no_network_is_called(tmp_path: Path, offline: str) -> None:
+    away = {"HF_HUB_CACHE": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    with serving(tmp_path, patch=WATCHED, OFFLINE=offline, MODEL="tiny", **away) as served:
+        answer = served.post(sound=ENGLISH)
+        assert answer.status_code == 503
+        assert ("NETWORK" in served.log()) == (offline == "0")  # which shows that calls are seen
+
+
+@pytest.mark.slow
+def test_many_mixed_requests_leave_nothing_behind(tmp_path: Path) -> None:  # noqa: C901
+    def level(pid: int) -> tuple[int, int, int]:
+        """Threads, open files and resident kB of a process."""
+        status = Path(f"/proc/{pid}/status").read_text()
+        threads, memory = (int(re.search(rf"{name}:\s+(\d+)", status)[1]) for name in ("Threads", "VmRSS"))
+        return threads, len(open_files(pid)), memory
+
+    body = form_of(part_of("file", SHORT, "a.wav"))
+
+    def ask(number: int) -> int:
+        kind = number % 10
+        if kind == 0:
+            return served.post(sound=SHORT, prompt="fail").status_code
+        if kind == 1:
+            return served.post(sound=b"not a sound").status_code
+        if kind == 2:
+            return served.post(sound=SHORT, language="xx").status_code
+        if kind == 3:
+            return served.post(OPENAI, SHORT, model="w", stream="true").status_code
+        if kind == 4:
+            with connect(served) as connection:  # leaves in the middle
+                connection.sendall(post_of(body)[: len(body) // 2])
+            return 0
+        if kind == 5:
+            with connect(served) as connection:  # leaves at the end
+                connection.sendall(post_of(body))
+            return 0
+        if kind == 6:
+            return statuses(served.raw(post_of(body, length=len(body) + 9), close=True))[0]
+        if kind == 7:
+            return statuses(served.raw(UNREADABLE["te-and-length"]))[0]
+        return served.post(sound=noise(20), response_format="verbose_json").status_code
+
+    with serving(tmp_path, patch=WORDY + "SECONDS = 0.02", VAD="0") as served, ThreadPoolExecutor(16) as pool:
+        expected = {0: 500, 1: 400, 2: 400, 3: 200, 4: 0, 5: 0, 6: 400, 7: 400, 8: 200, 9: 200}
+        levels = []
+        for _ in range(3):
+            assert [*pool.map(ask, range(100))] == [expected[number % 10] for number in range(100)]
+            in_time(lambda: served.health()["requests"]["in_work"] == 0)
+            pids = served.process.pid, served.child() or 0
+            served.http.close()
+            served.http = httpx.Client(base_url=served.url, timeout=120)
+            in_time(lambda pids=pids: level(pids[0])[0] <= 4)
+            levels.append([level(pid) for pid in pids])
+        for first, last in zip(levels[0], levels[-1], strict=True):
+            assert last[0] <= first[0] + 2 and last[1] <= first[1] + 2, levels
+            assert last[2] < first[2] + 20_000, levels
+        assert in_time(lambda: not kept_uploads(served)) and words(served) == 1
+        assert "Z" not in descended(served).values() and "died" not in served.log()
+
+
+# ------------------------------------------------------------------------------------------------
+# hostile forms
+# ------------------------------------------------------------------------------------------------
+
+FORMS: dict[str, tuple[bytes, int, str]] = {  # a body; the status and words of its refusal
+    "thousands-of-parts": (form_of(*[part_of("a", b"b")] * 5000), 413, "too much in it"),
+    "parts-just-too-many": (form_of(*[part_of("a", b"b")] * 65), 413, "too much in it"),
+    "giant-header": (form_of(part_of("a" * 5000, b"b")), 413, "too much in it"),
+    "endless-header": (b"--edge\r\nX-A: " + b"a" * 200_000, 413, "too much in it"),
+    "many-headers": (b"--edge\r\n" + b"X-A: a\r\n" * 1000 + form_of(), 413, "too much in it"),
+    "giant-field": (form_of(part_of("prompt", b"a" * 70_000)), 413, "prompt"),
+    "giant-field-of-no-use": (form_of(part_of("a", b"a" * 3_000_000)), 413, "longer than"),
+    "no-last-boundary": (form_of()[:-8], 400, "not well-formed"),
+    "wrong-boundary": (form_of().replace(b"--edge", b"--other"), 400, "not well-formed"),
+    "bare-lf": (form_of().replace(b"\r\n", b"\n"), 400, "not well-formed"),
+    "no-disposition": (form_of(b"--edge\r\nX-A: b\r\n\r\nc\r\n"), 400, "not well-formed"),
+    "header-without-colon": (form_of(b"--edge\r\nnonsense\r\n\r\nc\r\n"), 400, "not well-formed"),
+    "name-not-utf-8": (form_of(part_of("\udce9", b"b")), 400, "not well-formed"),
+    "filename-not-utf-8": (form_of(part_of("file", b"b", "\udce9.wav")), 400, "not well-formed"),
+    "nested": (
+        form_of(b"--edge\r\nContent-Disposition: form-data; name=x\r\nContent-Type: multipart/mixed; boundary=in\r\n\r\n"  # noqa: E501
+                b'--in\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\nx\r\n--in--\r\n'),  # noqa: E501
+        400, "no part named 'file'",
+    ),
+    "two-files": (form_of(*[part_of("file", SHORT, "a.wav")] * 2), 400, "two parts named 'file'"),
+    "nothing": (b"", 400, "not well-formed"),
+    "zeros": (bytes(100_000), 400, "not well-formed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FORMS)
+def test_hostile_form_is_refused(server: Served, what: str) -> None:
+    body, status, said = FORMS[what]
+    data = server.raw(post_of(body, "Connection: close"))
+    assert statuses(data) == [status] and said.encode() in data, data
+
+
+def test_last_of_many_duplicate_fields_counts(server: Served) -> None:
+    many = [part_of("response_format", b"xml")] * 30 + [part_of("response_format", b"last-one")]
+    data = server.raw(post_of(form_of(*many, part_of("file", SHORT, "a.wav")), "Connection: close"))
+    assert statuses(data) == [400] and b"last-one" in data
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../../../tmp/evil.wav",
+        "/tmp/evil.wav",
+        "..\\evil.wav",
+        "\x00",
+        ".",
+        "..",
+        "a/" * 500,
+        "file:///etc/passwd",
+        "http://127.0.0.1:9/a.m3u8",
+    ],
+)
+def test_name_of_a_file_is_never_a_path(server: Served, name: str) -> None:
+    Path("/tmp/evil.wav").unlink(missing_ok=True)
+    data = server.raw(post_of(form_of(part_of("file", b"no sound", name)), "Connection: close"))
+    assert statuses(data) == [400] and (b"could not be decoded" in data or b"not well-formed" in data)
+    assert not Path("/tmp/evil.wav").exists()
+
+
+FORM_PIECES = st.sampled_from(
+    [b"--edge", b"--edge--", b"\r\n", b"\n", b"\r", b"--", b"Content-Disposition: form-data", b'; name="', b'"', b"file",  # noqa: E501
+     b'; filename="a"', b"Content-Type: a", b":", b"\r\n\r\n", b"\xff", b"\x00", b"a" * 5000, part_of("a", b"b")]  # noqa: E501
+)  # fmt: skip
+
+
+@given(st.lists(FORM_PIECES | st.binary(max_size=20), max_size=30).map(b"".join), st.integers(1, 3000))
+@example(form_of(), 7)
+@settings(max_examples=300)
+def test_form_of_any_bytes_is_read_or_refused(body: bytes, step: int) -> None:
+    sink = io.BytesIO()
+    try:
+        form = whisper_server.read_form(
+            (body[at : at + step] for at in range(0, len(body), step)), b"edge", sink
+        )
+    except whisper_server.Refusal as refusal:
+        assert refusal.status in (400, 413)
+        return
+    assert form.size == len(sink.getvalue()) <= len(body)
+    with contextlib.suppress(whisper_server.Refusal):
+        whisper_server.check_file(form, True)
+        whisper_server.read_options(form, "transcribe")
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from("language prompt temperature response_format stream model".split()),
+        st.lists(st.text(), max_size=3),
+    )
+)
+def test_fields_of_any_text_are_read_or_refused(fields: dict[str, list[str]]) -> None:
+    for task in ("transcribe", "translate"):
+        try:
+            options = whisper_server.read_options(
+                whisper_server.Form({k: v for k, v in fields.items() if v}), task
+            )
+        except whisper_server.Refusal as refusal:
+            assert refusal.status == 400 and len(refusal.message) < 1000
+            whisper_server.to_json(refusal.envelope(), "azure")
+        else:
+            assert options.response_format in whisper_server.FORMATS and 0 <= options.temperature <= 1
+
+
+ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=40)  # half surrogate pairs, too
+ANY_TIME = st.floats(0, 400_000)
+
+
+@given(st.lists(st.tuples(ANY_TIME, ANY_TIME, ANY_TEXT), max_size=5), st.sampled_from(whisper_server.FORMATS))
+def test_any_text_is_rendered_in_every_format(said: list[tuple[float, float, str]], kind: str) -> None:
+    segments = [
+        whisper_server.Segment(n, 0, a, b, text, [], 0.0, 0.0, 1.0, 0.0, [whisper_server.Word(text, a, b)])
+        for n, (a, b, text) in enumerate(said)
+    ]
+    transcript = whisper_server.Transcript("transcribe", "en", 1.0, segments)
+    options = whisper_server.Options(response_format=kind, granularities=("word", "segment"))
+    for profile in ("azure", "openai"):
+        body = whisper_server.render(transcript, options, profile)[1].decode()
+        if "json" in kind:
+            assert isinstance(json.loads(body)["text"], str)
+        elif kind in ("srt", "vtt"):
+            assert body.count(" --> ") == len(said)
+
+
+# ------------------------------------------------------------------------------------------------
+# hostile media
+# ------------------------------------------------------------------------------------------------
+
+
+def heard_samples(data: bytes, seconds: float = 60) -> int:
+    """How many samples the decoder finds."""
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        return sum(len(block) for block in whisper_server.decode(file, seconds))
+
+
+def wav_of_shape(rate: int, channels: int, data: bytes, kind: int = 1, bits: int = 16) -> bytes:
+    """A WAV file whose head says what it likes."""
+    align = channels * bits // 8
+    shape = struct.pack(
+        "<HHIIHH", kind, channels & 0xFFFF, rate, (rate * align) & 0xFFFFFFFF, align & 0xFFFF, bits
+    )
+    return (
+        struct.pack("<4sI8sI", b"RIFF", 36 + len(data), b"WAVEfmt ", 16)
+        + shape
+        + struct.pack("<4sI", b"data", len(data))
+        + data
+    )
+
+
+PLAYLISTS = {
+    "ffconcat": "ffconcat version 1.0\nfile '{path}'\nfile '{url}'\n",
+    "m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{path}\n#EXTINF:5,\n{url}\n#EXT-X-ENDLIST\n",
+    "m3u8-master": "#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\n{url}\n",
+    "mpd": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period>'
+    '<AdaptationSet mimeType="audio/mp4"><Representation id="1" bandwidth="1"><BaseURL>{url}</BaseURL></Representation>'  # noqa: E501
+    "</AdaptationSet></Period></MPD>",
+    "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=a\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 5004 RTP/AVP 0\n",
+    "asx": '<asx version="3.0"><entry><ref href="{url}"/></entry></asx>',
+    "rtsp": "[Reference]\nRef1={url}\n",
+    "concat": "concat:{path}|{path}",
+    "subfile": "subfile,,start,0,end,0,,:{path}",
+    "http": "{url}",
+    "file": "file://{path}",
+}
+
+
+def test_playlists_open_no_file_and_no_socket_whatever_their_name(server: Served, tmp_path: Path) -> None:
+    canary = tmp_path / "canary.wav"
+    canary.write_bytes(ENGLISH.bytes)
+    watched = """
+def watch(event, arguments):
+    if event.startswith("socket.connect"):
+        whisper_server.log.error("NETWORK %r", arguments[1:])
+sys.addaudithook(watch)
+"""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as ear,
+        serving(tmp_path, patch=WORDY + watched, VAD="0") as served,
+    ):
+        ear.settimeout(0.2)
+        url = f"http://127.0.0.1:{ear.getsockname()[1]}/a.wav"
+        os.utime(canary, (1, 1))
+        for kind, text in PLAYLISTS.items():
+            for ending in ("wav", "mp3", "m3u8", "mpd", "sdp", "ffconcat", "txt", "m4a", "webm"):
+                data = text.format(path=canary, url=url).encode()
+                answer = served.post(sound=data, name=f"{kind}.{ending}")
+                assert answer.status_code == 400 and "decoded" in answer.text, (kind, ending, answer.text)
+        for name in (str(canary), url, f"concat:{canary}", f"{url}/list.m3u8", f"file:{canary}"):
+            assert served.post(sound=b"no sound", name=name).status_code == 400
+        with pytest.raises(TimeoutError):
+            ear.accept()
+        assert canary.stat().st_atime == 1 and "NETWORK" not in served.log()
+        assert words(served) == 1 and "died" not in served.log()
+
+
+def test_small_file_that_decodes_to_hours_is_refused_in_bounded_memory(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    with av.open(file, "w", format="flac") as container:
+        stream = container.add_stream("flac", rate=8000, layout="mono")
+        for _ in range(60):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000 * 60), np.int16), "s16", "mono")
+            frame.sample_rate = 8000
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    assert len(file.getvalue()) < 1_000_000  # an hour
+    with serving(tmp_path, patch=WORDY, MAX_AUDIO_SECONDS="100", VAD="0") as served:
+        assert words(served) == 1
+        status = Path(f"/proc/{served.child()}/status")
+        before = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+        for data in (file.getvalue(),):
+            answer = served.post(sound=data)
+            assert answer.status_code == 413 and "WHISPER_MAX_AUDIO_SECONDS" in answer.text
+        assert int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) - before < 60_000
+        assert words(served) == 1
+
+
+@pytest.mark.parametrize("samples", [0, 1, 2, 10])
+def test_hardly_any_samples_are_no_failure(samples: int) -> None:
+    assert heard_samples(wav_of_shape(16_000, 1, bytes(samples * 2))) <= samples
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(16_000, 64), (16_000, 255), (0, 1)])
+def test_absurd_shapes_are_refused(rate: int, channels: int) -> None:
+    with pytest.raises(whisper_server.Refusal) as refused:
+        heard_samples(wav_of_shape(rate, channels, bytes(200_000)))
+    assert refused.value.status == 400
+
+
+@pytest.mark.parametrize("rate", [1000, 768_000, 5_000_000, 2**31 - 1, 2**32 - 1])
+def test_absurd_rates_cost_little_memory(rate: int) -> None:
+    code = f"""
+import io, resource, sys
+import whisper_server, test_whisper_server
+data = bytes.fromhex({wav_of_shape(rate, 1, bytes(20_000)).hex()!r})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    print(sum(map(len, whisper_server.decode(io.BytesIO(data), 60))))
+except whisper_server.Refusal as refusal:
+    print(refusal.status)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000)
+""".replace(", test_whisper_server", "")
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.split()[1:] == ["True"], done
+
+
+def test_nan_samples_are_silence() -> None:
+    data = np.array([np.nan, np.inf, -np.inf, 1e30, 0.5] * 4000, np.float32).tobytes()
+    file = io.BytesIO(wav_of_shape(16_000, 1, data, kind=3, bits=32))
+    heard = np.concatenate(list(whisper_server.decode(file, 60)))
+    assert len(heard) == 20_000 and np.isfinite(heard).all() and np.abs(heard).max() <= 1
+
+
+def test_thousands_of_tags_are_read_in_bounded_time() -> None:
+    comment = b"".join(struct.pack("<I", 9) + b"T%05d=ab" % n for n in range(10_000))
+    block = struct.pack("<I", 0) + struct.pack("<I", 10_000) + comment
+    file = io.BytesIO()
+    with av.open(file, "w", format="flac") as container:
+        stream = container.add_stream("flac", rate=16_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16_000), np.int16), "s16", "mono")
+        frame.sample_rate = 16_000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    data = file.getvalue()
+    tagged = data[:4] + b"\0" + data[5:42] + b"\x04" + len(block).to_bytes(3, "big") + block + data[42:]
+    started = time.monotonic()
+    with contextlib.suppress(whisper_server.Refusal):
+        heard_samples(tagged)
+    assert time.monotonic() - started < 30
+
+
+MUTATIONS = """
+import io, random, sys
+import whisper_server
+data, rng, seen = sys.stdin.buffer.read(), random.Random(5), {"heard": 0, "refused": 0}
+for n in range(150):
+    damaged = bytearray(data[: rng.randrange(len(data)) if n % 5 == 0 else len(data)])
+    for _ in range(rng.choice((1, 10, 200))):
+        if damaged:
+            damaged[rng.randrange(min(len(damaged), rng.choice((100, 10**6))))] = rng.randrange(256)
+    try:
+        blocks = list(whisper_server.decode(io.BytesIO(bytes(damaged)), 60))
+        assert all(abs(block).max() <= 1 for block in blocks if len(block))
+        seen["heard"] += 1
+    except whisper_server.Refusal as refusal:
+        assert refusal.status in (400, 413)
+        seen["refused"] += 1
+print(seen)
+"""
+
+
+@pytest.mark.parametrize("kind", ["wav", "mp3", "flac", "ogg", "mp4", "webm"])
+def test_damaged_files_are_decoded_or_refused(kind: str) -> None:
+    codec = {"wav": "pcm_s16le", "mp3": "libmp3lame", "flac": "flac", "mp4": "aac"}.get(kind, "libopus")
+    file = io.BytesIO()
+    with av.open(file, "w", format=kind) as container, av.open(str(ENGLISH.path)) as source:
+        stream = container.add_stream(codec, rate=48_000)
+        for frame in source.decode(audio=0):
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    command = [sys.executable, "-c", MUTATIONS]
+    done = subprocess.run(command, cwd=HERE, input=file.getvalue(), capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = re.findall(rb"\d+", done.stdout)
+    assert sum(map(int, counts)) == 150 and int(counts[0]) > 0

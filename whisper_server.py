@@ -1446,25 +1446,29 @@ def fitted_whisper(whisper_model: type[Any]) -> type[Any]:
             attempt: Attempt = self.current.attempt
             if attempt.frames == FULL:
                 return super().generate_with_fallback(encoding, prompt, tokenizer, options)
-            sound = len(attempt.window.samples) / RATE
-            most = int(MAX_TOKENS_A_SECOND * sound) + 20
+            seconds = len(attempt.window.samples) / RATE
+            most = int(MAX_TOKENS_A_SECOND * seconds) + 20
             once = dataclasses.replace(options, temperatures=options.temperatures[:1])
             once.max_new_tokens = min(most, self.max_length - len(prompt))
             decoded = super().generate_with_fallback(encoding, prompt, tokenizer, once)
-            result, avg_logprob, _, compression_ratio = decoded
-            tokens = result.sequences_ids[0]
-            last = max(tokens, default=0) - tokenizer.timestamp_begin
-            if (
-                last * 0.02 > sound + STAMP_SLACK
-                or len(tokens) >= most
-                or avg_logprob < options.log_prob_threshold
-                or compression_ratio > options.compression_ratio_threshold
-                or says_it_twice(tokenizer.decode(tokens))
-            ):
+            if len(decoded[0].sequences_ids[0]) >= most or is_misfit(decoded, seconds, tokenizer, options):
                 raise Misfit
             return decoded
 
     return FittedWhisper
+
+
+def is_misfit(decoded: tuple[Any, ...], seconds: float, tokenizer: Any, options: Any) -> bool:
+    """Whether a window of so many seconds was decoded badly: the faults that short windows bring."""
+    result, avg_logprob, _, compression_ratio = decoded
+    tokens = result.sequences_ids[0]
+    last_stamp = (max(tokens, default=0) - tokenizer.timestamp_begin) * 0.02
+    return bool(
+        last_stamp > seconds + STAMP_SLACK
+        or avg_logprob < options.log_prob_threshold
+        or compression_ratio > options.compression_ratio_threshold
+        or says_it_twice(tokenizer.decode(tokens))
+    )
 
 
 class Engine:
@@ -1669,6 +1673,7 @@ class Child:
             log.info("model %s: loading from %s", self.model, directory)
             started = time.monotonic()
             loaded = Engine(directory, self.settings, self.gpu, self.busy)
+            self.busy(STEP_SECONDS)
             seconds = round(time.monotonic() - started, 2)
             told = {"device": loaded.device, "compute_type": loaded.compute_type}
             log.info("model %s: loaded on %s as %s in %s s", self.model, *told.values(), seconds)
@@ -1744,9 +1749,9 @@ class Child:
             work.cancelled.set()  # after a failure the windows in work have nobody to wait for them
             if engine:
                 engine.owner.leave(work)
-        language = work.language.result() if work.language.done() else "en"
-        timings = {"decode": work.decoding, "inference": work.inference}
-        self.send("done", work.id, language, heard.seconds, timings)
+        spoken = work.language.result() if work.language.done() else "en"
+        took = {"decode": work.decoding, "inference": work.inference}
+        self.send("done", work.id, spoken, heard.seconds, took)
 
 
 class Heard:
@@ -2159,6 +2164,11 @@ def too_large(limit: int, received: int) -> Refusal:
     return Refusal(413, message, type="server_error")
 
 
+def cannot_store(error: OSError) -> Refusal:
+    """The disk is full, or there is no descriptor for another file."""
+    return Refusal(507, f"The upload cannot be stored: {error.strerror}.", type="server_error")
+
+
 def too_slow() -> Refusal:
     """A body that only trickles holds a thread and a place in the queue."""
     message = f"The body came slower than {MIN_RATE} bytes/s over {STALL_SECONDS} s."
@@ -2373,7 +2383,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         model = self.model_of(unquote(deployment)) if deployment else None
         if self.body.length and self.body.length > self.body.limit:
             raise too_large(self.body.limit, self.body.length)
-        with self.server.place(self, task), tempfile.TemporaryFile() as file:
+        with self.server.place(self, task), self.storage() as file:
             form = self.receive(file)
             check_file(form, self.server.settings.strict)
             options = read_options(form, "translate" if task == "translations" else "transcribe")
@@ -2387,8 +2397,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             finally:
                 worker.end(job)
 
+    @contextlib.contextmanager
+    def storage(self) -> Iterator[IO[bytes]]:
+        """A temporary file without a name, gone with its last descriptor. Raises Refusal 507."""
+        try:
+            file = tempfile.TemporaryFile()  # noqa: SIM115 (closed below)
+        except OSError as error:
+            raise cannot_store(error) from None
+        try:
+            yield file
+        finally:
+            with contextlib.suppress(OSError):  # it tries once more to write what a full disk did not take
+                file.close()
+
     def receive(self, file: IO[bytes]) -> Form:
-        """Read the body; its file goes to `file`, a temporary one without a name."""
+        """Read the body; its file goes to `file`."""
         assert self.body is not None
         boundary = boundary_of(self.headers.get("Content-Type", ""))
         try:
@@ -2399,8 +2422,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except OSError as error:
             if isinstance(error, (ConnectionError, TimeoutError)):
                 raise
-            message = f"The upload cannot be stored: {error.strerror}."
-            raise Refusal(507, message, type="server_error") from None
+            raise cannot_store(error) from None
         return form
 
     def named_model(self, form: Form) -> str:
