@@ -4700,3 +4700,22 @@ def test_damaged_files_are_decoded_or_refused(kind: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     counts = re.findall(rb"\d+", done.stdout)
     assert sum(map(int, counts)) == 150 and int(counts[0]) > 0
+
+
+def test_keys_are_compared_in_constant_time_and_all_of_them(tmp_path: Path) -> None:
+    patch = """
+        import hmac
+
+        compare = hmac.compare_digest
+
+        def told(key, given):
+            whisper_server.log.warning("compared with key %d", len(key))
+            return compare(key, given)
+
+        hmac.compare_digest = told
+    """
+    with serving(tmp_path, patch=patch, API_KEYS="first,the-second") as served:
+        answer = served.http.get("/v1/models", headers={"api-key": "first"})
+        assert answer.status_code == 200
+        # twice each, for two headers: how long it takes does not tell which key or header was right
+        assert sorted(re.findall(r"compared with key (\d+)", served.log())) == ["10", "10", "5", "5"]

@@ -2806,7 +2806,8 @@ class Server(http.server.ThreadingHTTPServer):
         log.warning("refused a connection: %d are open", MAX_CONNECTIONS)
         with contextlib.suppress(OSError):
             request.sendall(
-                b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+                b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nretry-after: 1\r\n"
+                b"retry-after-ms: 1000\r\nServer-Timing: total;dur=0\r\nConnection: close\r\n\r\n"
             )
         self.shutdown_request(request)
 
