@@ -21,7 +21,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import struct
@@ -652,7 +651,6 @@ def test_form_is_the_same_however_it_is_cut(values: list[bytes], place: int, ste
     assert form.fields == expected
 
 
-@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
 def test_first_curl_of_the_readme(server: Served, recordings: Callable[[str], bytes], tmp_path: Path) -> None:
     (tmp_path / "test_audio.mp3").write_bytes(recordings("mp3"))
     address = f"http://localhost:{server.port}/openai/deployments/whisper-1/audio/transcriptions"
@@ -4003,7 +4001,7 @@ def open_files(pid: int) -> list[str]:
 def kept_uploads(served: Served) -> list[str]:
     """Temporary files that the server or its worker still holds."""
     names = open_files(served.process.pid) + open_files(served.child() or 0)
-    return [name for name in names if name.startswith("/tmp/") and name.endswith("(deleted)")]
+    return [name for name in names if name.startswith(tempfile.gettempdir()) and name.endswith("(deleted)")]
 
 
 @contextlib.contextmanager
@@ -4438,8 +4436,8 @@ def test_last_of_many_duplicate_fields_counts(server: Served) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "../../../../tmp/evil.wav",
-        "/tmp/evil.wav",
+        "../../../../../../.." + tempfile.gettempdir() + "/evil.wav",
+        tempfile.gettempdir() + "/evil.wav",
         "..\\evil.wav",
         "\x00",
         ".",
@@ -4450,10 +4448,11 @@ def test_last_of_many_duplicate_fields_counts(server: Served) -> None:
     ],
 )
 def test_name_of_a_file_is_never_a_path(server: Served, name: str) -> None:
-    Path("/tmp/evil.wav").unlink(missing_ok=True)
+    evil = Path(tempfile.gettempdir(), "evil.wav")
+    evil.unlink(missing_ok=True)
     data = server.raw(post_of(form_of(part_of("file", b"no sound", name)), "Connection: close"))
     assert statuses(data) == [400] and (b"could not be decoded" in data or b"not well-formed" in data)
-    assert not Path("/tmp/evil.wav").exists()
+    assert not evil.exists()
 
 
 FORM_PIECES = st.sampled_from(

@@ -171,7 +171,8 @@ class Settings:
     def read(cls, environment: dict[str, str]) -> Settings:
         """Settings from `WHISPER_*` variables. An empty one counts as absent.
 
-        Raises SettingError for a value that is not allowed, or a name that does not exist.
+        Raises SettingError for a value that is not allowed. Other names are left
+        alone: run.sh, compose and the image have some of their own.
         """
         values: dict[str, Any] = {"deployments": {}}
         for field in dataclasses.fields(cls):
@@ -1361,17 +1362,21 @@ class TurnsOnly:
         return getattr(self.real, name)
 
     def encode(self, features: Any, to_cpu: bool = False) -> Any:
+        """float32 (1, mels, frames) -> (1, frames / 2, width)."""
         return self.owner.ask(self.current.attempt.work, "encode", None, features, to_cpu=self.to_cpu)
 
     def detect_language(self, encoding: Any) -> Any:
+        """An encoding -> [[(token, probability)]], the likeliest first."""
         return self.owner.ask(self.current.attempt.work, "detect_language", None, encoding)
 
     def generate(self, encoding: Any, prompts: list[list[int]], **options: Any) -> Any:
+        """One window's encoding and prompt -> [result]; it may be decoded together with others."""
         same = tuple((name, str(options[name])) for name in sorted(options))
         key = (tuple(encoding.shape), len(prompts[0]), same)
         return self.owner.ask(self.current.attempt.work, "generate", key, encoding, prompts, **options)
 
     def align(self, *arguments: Any, **options: Any) -> Any:
+        """Times of text tokens, by the model's attention."""
         return self.owner.ask(self.current.attempt.work, "align", None, *arguments, **options)
 
 
@@ -1424,6 +1429,8 @@ def fitted_whisper(whisper_model: type[Any]) -> type[Any]:
     """
 
     class FittedWhisper(whisper_model):  # type: ignore[misc]
+        """Decodes what `current.attempt` says, at the size it says."""
+
         current: threading.local  # .attempt: what this thread is decoding
 
         def encode(self, features: Any) -> Any:
