@@ -4160,6 +4160,7 @@ def test_health_answers_while_a_hung_worker_reads_nothing(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("stream", ["false", "true"])
 def test_client_leaves_and_its_windows_are_dropped(tmp_path: Path, stream: str) -> None:
+    """Also while segments come faster than the handler looks for its client, which once hid the leaving."""
     with serving(tmp_path, patch=WORDY + "SECONDS = 0.2", VAD="0") as served:
         body = form_of(part_of("stream", stream.encode()), part_of("file", noise(600), "a.wav"))  # 50 windows
         with connect(served) as connection:

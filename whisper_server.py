@@ -2447,11 +2447,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         asked = time.monotonic()
         while True:
+            if self.client_left():  # also while segments come without a pause
+                raise ConnectionAbortedError
             try:
                 kind, *rest = job.events.get(timeout=POLL_SECONDS)
             except queue.Empty:
-                if self.client_left():
-                    raise ConnectionAbortedError from None
                 if worker.fetching and time.monotonic() - asked > FETCH_WAIT_SECONDS:
                     raise still_fetching(worker) from None
                 yield ("tick",)
