@@ -119,7 +119,8 @@ class Ours:
                 self.process = subprocess.Popen(command, env=environment, stderr=stderr)
             while not (port := re.search(r"http://[^ ]*:(\d+)", Path(log.name).read_text())):
                 time.sleep(0.01)
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port[1]}", timeout=None)
+        self.url = f"http://127.0.0.1:{port[1]}"
+        self.http = httpx.Client(base_url=self.url, timeout=None)
 
     @property
     def worker(self) -> int:
@@ -396,7 +397,7 @@ class Run:
 
     def send_file(self, path: Path) -> None:
         """By curl, which streams; httpx would hold the form in this process."""
-        address = f"{self.ours.http.base_url}v1/audio/transcriptions"
+        address = f"{self.ours.url}/v1/audio/transcriptions"
         subprocess.run(
             ["curl", "-sS", "-o", os.devnull, "-F", f"file=@{path}", "-F", "model=x", address], check=True
         )
@@ -413,7 +414,7 @@ class Run:
             work = [pool.submit(self.ours.hear, clip, None) for _ in range(60)]
             while not all(one.done() for one in work):
                 started = time.monotonic()
-                httpx.get(f"{self.ours.http.base_url}health")
+                self.ours.http.get("/health")
                 health.append((time.monotonic() - started) * 1000)
                 time.sleep(0.05)
         self.result["overhead on a 3 s clip, ms"] = spread(extra)
@@ -446,13 +447,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_args()
     run = Run(options)
-    for name in options.parts.split(","):
-        parts[name](run)
+    try:
+        for name in options.parts.split(","):
+            parts[name](run)
+    finally:
+        run.ours.process.terminate()
     text = json.dumps(run.result, indent=2)
     print(text)
     if options.json:
         options.json.write_text(text + "\n")
-    run.ours.process.terminate()
 
 
 if __name__ == "__main__":

@@ -1194,6 +1194,8 @@ FIT_MARGIN = 300  # frames of nothing after the sound: with 50 one window in fiv
 STAMP_SLACK = 2.0  # seconds a stamp may lie past the sound before the window counts as misfit
 MAX_TOKENS_A_SECOND = 10  # English takes 4; a short window that speaks faster has begun to loop
 REST_SPEECH_SECONDS = 0.2  # speech after the last stamp that is worth another decode
+LEVEL_SECONDS = 1.0  # of the model; files that differ by less count as level, and decode together
+LANES_BYTES = 2**30  # of model.bin; with a larger one threads are better spent on one window at a time
 SHARED_WINDOWS = 4  # of one file in one generate while other requests are about: a bound on their wait
 
 
@@ -1236,19 +1238,21 @@ class Call:
 
 
 class Owner:
-    """The only caller of the CTranslate2 model, in one thread: access to it is serialised here.
+    """The only caller of the CTranslate2 model, in a thread a lane: access to it is serialised here.
 
     The file that has had least of the model comes first, so that a short clip never waits for a
-    long file; within a file encodings come first, so that many windows meet in one `generate`.
+    long file. Among files that are level encodings come first, so that many windows meet in one `generate`.
     """
 
-    def __init__(self, model: Any, batch_size: int, busy: Callable[[float], None]) -> None:
+    def __init__(self, model: Any, batch_size: int, busy: Callable[[float], None], lanes: int = 1) -> None:
         self.model, self.batch_size, self.busy = model, batch_size, busy
+        self.free = 0  # lanes with nothing to do
         self.waiting: dict[Work, collections.deque[Call]] = {}
         self.wake = threading.Condition()
         self.present: dict[Work, None] = {}
         self.shared_until = 0.0  # several files were about until then
-        threading.Thread(target=self.run, name="owner", daemon=True).start()
+        for _ in range(lanes):
+            threading.Thread(target=self.run, name="owner", daemon=True).start()
 
     def enter(self, work: Work) -> None:
         """Let a file take part; it starts level with the one that had least so far."""
@@ -1278,7 +1282,9 @@ class Owner:
         """Serve for ever."""
         while True:
             with self.wake:
+                self.free += 1
                 self.wake.wait_for(lambda: self.waiting)
+                self.free -= 1
                 calls = self.take()
             started = time.monotonic()
             self.busy(STEP_SECONDS * (1 + len(calls)))
@@ -1301,13 +1307,16 @@ class Owner:
             self.shared_until = now + 10.0
         share = SHARED_WINDOWS if now < self.shared_until else self.batch_size
         turns = sorted(self.waiting, key=lambda work: work.spent)
-        first = min(self.waiting[turns[0]], key=lambda call: call.kind != "encode")
+        level = [work for work in turns if work.spent <= turns[0].spent + LEVEL_SECONDS]
+        quick = (call for work in level for call in self.waiting[work] if call.kind != "generate")
+        first = next(quick, self.waiting[turns[0]][0])
         calls = [first]
         if first.kind == "generate":
             for work in turns:
                 fitting = [c for c in self.waiting[work] if c.key == first.key and c is not first]
                 calls += fitting[: min(share, self.batch_size) - (work is first.work)]
-            calls = calls[: self.batch_size]
+            part = math.ceil(len(calls) / (1 + self.free))  # the rest is for the lanes that wait
+            calls = calls[: min(part, self.batch_size)]
         for call in calls:
             self.waiting[call.work].remove(call)
             if not self.waiting[call.work]:
@@ -1454,7 +1463,7 @@ def fitted_whisper(whisper_model: type[Any]) -> type[Any]:
             if attempt.frames == FULL:
                 return super().generate_with_fallback(encoding, prompt, tokenizer, options)
             seconds = len(attempt.window.samples) / RATE
-            most = int(MAX_TOKENS_A_SECOND * seconds) + 20
+            most = attempt.frames * MAX_TOKENS_A_SECOND // 100  # by size: all of a batch have one limit
             once = dataclasses.replace(options, temperatures=options.temperatures[:1])
             once.max_new_tokens = min(most, self.max_length - len(prompt))
             decoded = super().generate_with_fallback(encoding, prompt, tokenizer, once)
@@ -1474,6 +1483,7 @@ def is_misfit(decoded: tuple[Any, ...], seconds: float, tokenizer: Any, options:
         last_stamp > seconds + STAMP_SLACK
         or avg_logprob < options.log_prob_threshold
         or compression_ratio > options.compression_ratio_threshold
+        or len(tokens) > MAX_TOKENS_A_SECOND * seconds + 20
         or says_it_twice(tokenizer.decode(tokens))
     )
 
@@ -1486,12 +1496,15 @@ class Engine:
 
         self.settings = settings
         self.device, self.compute_type = choose_device(settings, gpu)
+        threads = settings.threads or available_cores()
+        lanes = lanes_for(directory, threads) if self.device == "cpu" else 1
         try:
             self.whisper = fitted_whisper(WhisperModel)(
                 str(directory),
                 device=self.device,
                 compute_type=self.compute_type,
-                cpu_threads=settings.threads or available_cores(),
+                cpu_threads=max(1, threads // lanes),
+                num_workers=lanes,
             )
         except RuntimeError as error:  # of CTranslate2: a truncated or foreign model.bin
             message = f"The model in {directory} cannot be loaded: {error}."
@@ -1503,7 +1516,7 @@ class Engine:
             )
             raise Refusal(503, message, type="server_error", code="model_incomplete")
         self.batch_size = settings.batch_size or batch_size_for(directory)
-        self.owner = Owner(model, self.batch_size, busy)
+        self.owner = Owner(model, self.batch_size, busy, lanes)
         self.current = self.whisper.current = threading.local()
         self.whisper.model = TurnsOnly(model, self.owner, self.current)
 
@@ -1587,6 +1600,15 @@ def choose_device(settings: Settings, gpu: bool) -> tuple[str, str]:
         raise Refusal(503, message, type="server_error", code="no_gpu")
     device, automatic = ("cuda", "int8_float16") if found else ("cpu", "int8")
     return device, automatic if settings.compute_type == "auto" else settings.compute_type
+
+
+def lanes_for(directory: Path, threads: int) -> int:
+    """Copies of the model that run side by side on a CPU; they share its weights.
+
+    The steps of a small model are too short to be shared: base decodes one window in 0.34 s with
+    one thread and in 0.63 s with two (2 cores, beam 5), so two lanes of one thread each do better.
+    """
+    return 2 if threads > 1 and (directory / "model.bin").stat().st_size < LANES_BYTES else 1
 
 
 def batch_size_for(directory: Path) -> int:
