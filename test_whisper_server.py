@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import collections
 import contextlib
 import hashlib
 import http.server
@@ -30,6 +31,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 import urllib.parse
 import wave
 import zipfile
@@ -66,13 +68,18 @@ import whisper_server
 from whisper_server import (
     LANGUAGES,
     RATE,
+    SHARED_WINDOWS,
+    Call,
     Deltas,
+    Engine,
     Options,
+    Owner,
     Refusal,
     Segment,
     Settings,
     Transcript,
     Word,
+    Work,
     bare_word,
     clock,
     cut_windows,
@@ -1170,6 +1177,207 @@ def test_every_sentence_of_a_long_file_is_heard_once_in_its_place(server: Served
         assert 0 <= segment["start"] - segment["seek"] / 100 + 0.02 <= 30
         inside = [name for name, start, end in spoken if start < segment["end"] and end > segment["start"]]
         assert inside, segment
+
+
+# ------------------------------------------------------------------------------------------------
+# the owner of the model: windows that share it, sizes that fit
+# ------------------------------------------------------------------------------------------------
+
+
+class Heard:
+    """What the model was asked for: sizes of encoder windows in frames, requests of each `generate`."""
+
+    def __init__(self, engine: Engine, patch: pytest.MonkeyPatch) -> None:
+        self.frames: list[int] = []
+        self.batches: list[list[int]] = []
+        encode, generate = engine.owner.encode, engine.owner.generate
+
+        def noted_encode(calls: list[Any]) -> list[Any]:
+            self.frames += [call.arguments[0].shape[-1] for call in calls]
+            return encode(calls)
+
+        def noted_generate(calls: list[Any]) -> list[Any]:
+            self.batches.append([call.work.id for call in calls])
+            return generate(calls)
+
+        patch.setattr(engine.owner, "encode", noted_encode)
+        patch.setattr(engine.owner, "generate", noted_generate)
+
+
+@pytest.fixture(scope="module")
+def engine(server: Served) -> Engine:
+    """The real model in this process, with two lanes."""
+    settings = Settings.read({"WHISPER_MODEL": "base", "WHISPER_THREADS": "2", "WHISPER_BATCH_SIZE": "8"})
+    return Engine(base_files(), settings, False, lambda seconds: None)
+
+
+def transcribed(engine: Engine, samples: Any, id: int = 1, **options: Any) -> list[Segment]:
+    """All segments of a sound, window by window."""
+    work = Work(id, Options(**options), io.BytesIO())
+    if work.options.language:
+        work.language.set_result(work.options.language)
+    engine.owner.enter(work)
+    try:
+        return [s for window in cut_windows([samples], True) for s in engine.transcribe(work, window)]
+    finally:
+        engine.owner.leave(work)
+
+
+def test_windows_in_a_batch_are_heard_as_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = sorted(SAMPLES.glob("*/*.wav"))[::2]
+    sounds = [(samples_of(Clip(f"{name.parent.name}/{name.stem}")), name.parent.name) for name in names]
+
+    def hear(number: int) -> list[Segment]:
+        sound, language = sounds[number]
+        return transcribed(engine, sound, number, language=language, granularities=frozenset({"word"}))
+
+    heard = Heard(engine, monkeypatch)
+    alone = [hear(number) for number in range(len(sounds))]
+    assert {len(batch) for batch in heard.batches} == {1}
+    heard.batches.clear()
+    with ThreadPoolExecutor(len(sounds)) as pool:
+        together = list(pool.map(hear, range(len(sounds))))
+    assert max(len(set(batch)) for batch in heard.batches) >= 4
+    same = 0
+    for one, other in zip(alone, together, strict=True):
+        if all(segment.temperature == 0 for segment in one + other):  # what was sampled cannot be compared
+            assert [(s.tokens, s.start, s.end, s.words) for s in one] == [
+                (s.tokens, s.start, s.end, s.words) for s in other
+            ]
+            for a, b in zip(one, other, strict=True):
+                assert a.avg_logprob == pytest.approx(b.avg_logprob, abs=1e-3)
+            same += 1
+    assert same >= 10
+
+
+def test_a_short_clip_takes_its_turn_beside_a_long_file(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thirty windows of a long file wait for the model; the clip that comes later passes most of them."""
+    heard = Heard(engine, monkeypatch)
+    long = Work(1, Options(language="en"), io.BytesIO())
+    long.language.set_result("en")
+    sound = np.concatenate((samples_of(ENGLISH), samples_of(COUNTING)))  # too long to share the clip's batch
+    window = next(iter(cut_windows([sound], True)))
+    engine.owner.enter(long)
+    with ThreadPoolExecutor(30) as pool:
+        waiting = [pool.submit(engine.transcribe, long, window) for _ in range(30)]
+        assert in_time(lambda: len(heard.batches) >= 2)
+        begun = len(heard.batches)
+        assert_heard("".join(s.text for s in transcribed(engine, samples_of(HELLO), 2, language="en")), HELLO)
+        after = sum(batch.count(1) for batch in heard.batches[begun:])
+        for one in waiting:
+            assert "lazy dog" in bare("".join(segment.text for segment in one.result()))
+    engine.owner.leave(long)
+    assert after <= 2 * 2 * SHARED_WINDOWS  # two turns of two lanes, not all that was waiting
+
+
+def turns(owner: Owner, works: list[Work], rounds: int, keys: str) -> list[list[int]]:
+    """Whose calls the owner takes, round by round; each has always eight waiting and costs 0.2 s."""
+    taken = []
+    for _ in range(rounds):
+        for work, key in zip(works, keys, strict=True):
+            calls = owner.waiting.setdefault(work, collections.deque())
+            while len(calls) < 8:
+                calls.append(Call(work, "generate", key, (), {}))
+        batch = owner.take()
+        owner.charge(batch, 0.2 * len(batch))
+        taken.append([call.work.id for call in batch])
+    return taken
+
+
+def new_work(owner: Owner, id: int) -> Work:
+    work = Work(id, Options(), io.BytesIO())
+    owner.enter(work)
+    return work
+
+
+def test_files_take_turns_by_what_they_have_had() -> None:
+    owner = Owner(None, 8, lambda seconds: None, lanes=0)
+    long = new_work(owner, 1)
+    assert turns(owner, [long], 3, "a") == [[1] * 8] * 3  # alone it has whole batches
+    clip = new_work(owner, 2)
+    assert turns(owner, [long, clip], 1, "ab") == [[2] * SHARED_WINDOWS]  # who comes later comes first
+    both = turns(owner, [long, clip], 40, "ab")
+    assert all(len(batch) == SHARED_WINDOWS for batch in both)  # nobody waits for a whole batch
+    had = [id for batch in both for id in batch]
+    assert abs(had.count(1) - had.count(2)) <= 30  # level in the end
+
+
+def test_files_that_fit_share_a_batch() -> None:
+    owner = Owner(None, 8, lambda seconds: None, lanes=0)
+    works = [new_work(owner, id) for id in (1, 2, 3)]
+    first = turns(owner, works, 1, "aab")[0]
+    assert first.count(1) == first.count(2) == SHARED_WINDOWS and 3 not in first
+
+
+def test_clips_without_end_do_not_pass_a_file_for_ever() -> None:
+    owner = Owner(None, 8, lambda seconds: None, lanes=0)
+    long = new_work(owner, 1)
+    long.spent = 5.0  # it has had the model for itself
+    for id in range(2, 60):
+        clip = new_work(owner, id)
+        if [1] in [sorted(set(batch)) for batch in turns(owner, [long, clip], 1, "ab")]:
+            return
+        owner.leave(clip)
+        owner.waiting.clear()
+    raise AssertionError("the long file never had its turn")
+
+
+def test_finding_the_language_costs_no_second_encoding(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = Heard(engine, monkeypatch)
+    for clip in (ENGLISH, JAPANESE):
+        assert_heard("".join(segment.text for segment in transcribed(engine, samples_of(clip))), clip)
+    assert heard.frames == [600, 600]
+
+
+@pytest.mark.parametrize(
+    "name", ["en/hello_world", "fr/bonjour_monde", "ja/konnichiwa_sekai", "it/ciao_mondo"]
+)
+def test_a_window_cut_too_short_is_decoded_again_at_full_size(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Without room after the sound the model stumbles; the guard notices, and the words are right."""
+    monkeypatch.setattr(whisper_server, "FITTED", (*range(160, 1500, 100), 3000))
+    monkeypatch.setattr(whisper_server, "FIT_MARGIN", 0)
+    heard, clip = Heard(engine, monkeypatch), Clip(name)
+    text = "".join(s.text for s in transcribed(engine, samples_of(clip), language=clip.language))
+    assert_heard(text, clip)
+    assert heard.frames[0] < 300 and heard.frames[1] == 3000
+
+
+@pytest.fixture
+def stopping_early(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Heard:
+    """The first decode ends with the stamps that close its first segment, as the model sometimes does."""
+    stamps = engine.whisper.hf_tokenizer.token_to_id("<|notimestamps|>") + 1  # <|0.00|>
+    generate = engine.owner.generate
+
+    def first_segment(calls: list[Any]) -> list[Any]:
+        monkeypatch.setattr(engine.owner, "generate", generate)
+        [[real]] = generate(calls)
+        tokens = real.sequences_ids[0]
+        closing = next(at for at, token in enumerate(tokens) if token > stamps)
+        cut = [*tokens[: closing + 1], tokens[closing]]
+        names = {"sequences_ids": [cut], "scores": real.scores, "no_speech_prob": real.no_speech_prob}
+        return [[types.SimpleNamespace(**names)]]
+
+    monkeypatch.setattr(engine.owner, "generate", first_segment)
+    return Heard(engine, monkeypatch)
+
+
+def test_speech_after_the_last_stamp_is_heard(engine: Engine, stopping_early: Heard) -> None:
+    sound = np.concatenate((samples_of(ENGLISH), rest(1.5), samples_of(COUNTING)))
+    text = bare("".join(s.text for s in transcribed(engine, sound, language="en")))
+    assert "lazy dog" in text and re.search("seven|7", text)
+    assert len(stopping_early.frames) == 2
+
+
+def test_silence_after_the_last_stamp_is_not_encoded(engine: Engine, stopping_early: Heard) -> None:
+    sound = np.concatenate((samples_of(ENGLISH), rest(5)))
+    assert_heard("".join(segment.text for segment in transcribed(engine, sound, language="en")))
+    assert len(stopping_early.frames) == 1
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1194,7 +1194,7 @@ FIT_MARGIN = 300  # frames of nothing after the sound: with 50 one window in fiv
 STAMP_SLACK = 2.0  # seconds a stamp may lie past the sound before the window counts as misfit
 MAX_TOKENS_A_SECOND = 10  # English takes 4; a short window that speaks faster has begun to loop
 REST_SPEECH_SECONDS = 0.2  # speech after the last stamp that is worth another decode
-LEVEL_SECONDS = 1.0  # of the model; files that differ by less count as level, and decode together
+LEVEL_SECONDS = 0.3  # of the model; files that differ by less count as level, and decode together
 LANES_BYTES = 2**30  # of model.bin; with a larger one threads are better spent on one window at a time
 SHARED_WINDOWS = 4  # of one file in one generate while other requests are about: a bound on their wait
 
@@ -1247,6 +1247,7 @@ class Owner:
     def __init__(self, model: Any, batch_size: int, busy: Callable[[float], None], lanes: int = 1) -> None:
         self.model, self.batch_size, self.busy = model, batch_size, busy
         self.free = 0  # lanes with nothing to do
+        self.turn = 0.0  # seconds that a file has had by now if it had its share all along
         self.waiting: dict[Work, collections.deque[Call]] = {}
         self.wake = threading.Condition()
         self.present: dict[Work, None] = {}
@@ -1255,9 +1256,9 @@ class Owner:
             threading.Thread(target=self.run, name="owner", daemon=True).start()
 
     def enter(self, work: Work) -> None:
-        """Let a file take part; it starts level with the one that had least so far."""
+        """Let a file take part; it starts as one that has had its share so far."""
         with self.wake:
-            work.spent = min((other.spent for other in self.present), default=0.0)
+            work.spent = self.turn
             self.present[work] = None
 
     def leave(self, work: Work) -> None:
@@ -1294,11 +1295,17 @@ class Owner:
                 for call in calls:
                     call.answer.set_exception(error)
             else:
-                share = (time.monotonic() - started) / len(calls)
+                self.charge(calls, time.monotonic() - started)
                 for call, answer in zip(calls, answers, strict=True):
-                    call.work.spent += share
-                    call.work.inference += share
                     call.answer.set_result(answer)
+
+    def charge(self, calls: list[Call], seconds: float) -> None:
+        """Note what calls have cost, for the next turns."""
+        with self.wake:
+            self.turn += seconds / max(1, len(self.present))
+            for call in calls:
+                call.work.spent += seconds / len(calls)
+                call.work.inference += seconds / len(calls)
 
     def take(self) -> list[Call]:
         """The calls to make next, removed from those that wait."""
