@@ -89,7 +89,7 @@ function onPage(name, { url = () => server.at("localhost"), ...options }, body) 
     context.on("page", (page) => {
       page.on("pageerror", (error) => troubles.push(String(error)));
       page.on("console", (message) => {
-        if (!/^Failed to load resource: the server responded/.test(message.text())) troubles.push(message.text());
+        if (!/^Failed to load resource: (the server responded|net::)/.test(message.text())) troubles.push(message.text());
       });
       page.on("request", (request) => {
         if (!request.url().replace(/^blob:/, "").startsWith(url()) && !request.url().startsWith("data:"))
@@ -155,7 +155,7 @@ onPage("a file is dropped", { url: () => server.at("127.0.0.1") }, async (page) 
   }, bytes);
   await page.dispatchEvent("main", "dragover", { dataTransfer: transfer });
   await page.dispatchEvent("main", "drop", { dataTransfer: transfer });
-  assert.match(await shown(page, "#hint"), /^dropped\.wav · 0\.2 MB$/);
+  assert.match(await shown(page, "#sound"), /^dropped\.wav · 0\.2 MB$/);
   await page.click("#go");
   await page.waitForSelector("#result:not([hidden])");
   heard(await shown(page, "#segments"));
@@ -220,7 +220,6 @@ for (const options of [{}, { language: "en", words: true }, { task: "translation
 
 onPage("the curl of a file with an odd name", { url: () => locked.at("localhost") }, async (page) => {
   await page.fill("#key", "opensesame");
-  await page.keyboard.press("Enter");
   const odd = path.join(folder, "it's \"my\" $HOME; `x` \\ 音.wav");
   fs.copyFileSync(fox, odd);
   await transcribe(page, odd);
@@ -251,17 +250,15 @@ onPage("a server that has gone", {}, async (page) => {
 });
 
 onPage("the key is asked for, and kept for the tab alone", { url: () => locked.at("localhost") }, async (page, context) => {
-  await page.waitForSelector("#lock[open]");
+  await page.waitForFunction(() => document.activeElement.id === "key");
+  assert.equal(await shown(page, "#error"), "This server asks for a key.");
+  await page.setInputFiles("#file", fox);
   await page.fill("#key", "wrong");
-  await page.click("#lock button");
-  await page.waitForFunction(() => document.getElementById("note").textContent === "This key was not accepted.");
-  await page.keyboard.press("Escape");
+  await page.keyboard.press("Enter");
   await page.waitForSelector("#error:not([hidden])");
   assert.match(await shown(page, "#error"), /invalid subscription key/);
-  await page.setInputFiles("#file", fox);
-  await page.click("#go");
   await page.fill("#key", "opensesame");
-  await page.click("#lock button");
+  await page.keyboard.press("Enter");
   await page.waitForSelector("#result:not([hidden])");
   heard(await shown(page, "#segments"));
   await page.reload();
@@ -270,7 +267,7 @@ onPage("the key is asked for, and kept for the tab alone", { url: () => locked.a
   assert.deepEqual([await page.evaluate(() => localStorage.length), await context.cookies()], [0, []]);
   const other = await context.newPage();
   await other.goto(locked.at("localhost"));
-  await other.waitForSelector("#lock[open]");
+  await other.waitForSelector("#key");
   const large = path.join(folder, "large.wav");
   fs.writeFileSync(large, Buffer.alloc(3_000_000));
   await transcribe(page, large);
@@ -279,7 +276,8 @@ onPage("the key is asked for, and kept for the tab alone", { url: () => locked.a
 
 onPage("Japanese by the browser's language", { locale: "ja-JP" }, async (page) => {
   const english = /[a-z]{2,}/gi;
-  const known = ["Whisper", "base", "CPU", "int8", "SRT", "WebVTT", "JSON", "MB", "wav", "konnichiwa_sekai", "https", "localhost"];
+  const nameless = ["ba", "bo"]; // Chromium knows no Japanese names of these languages
+  const known = [...nameless, "Whisper", "base", "CPU", "int", "SRT", "WebVTT", "JSON", "MB", "wav", "konnichiwa_sekai", "https", "localhost"];
   const words = async () => (await page.innerText("body")).replace(await shown(page, "#curl").catch(() => ""), "").match(english) ?? [];
   assert.equal(await page.getAttribute("html", "lang"), "ja");
   assert.deepEqual((await words()).filter((word) => !known.includes(word)), []);
@@ -337,7 +335,7 @@ onPage("by keyboard alone", {}, async (page) => {
         const styles = [one, one.parentElement].map((element) => getComputedStyle(element).outlineStyle);
         return [one.id || one.parentElement.tagName, styles.some((style) => style !== "none")];
       });
-      assert.ok(outline || ["BODY", "HTML"].includes(now), `${now} does not show that it has the focus`);
+      assert.ok(outline || ["BODY", "HTML", "player"].includes(now), `${now} does not show that it has the focus`);
       if (now === id) return;
     }
     assert.fail(`${id} is not reached`);
@@ -366,7 +364,7 @@ onPage("what the microphone hears", {}, async (page) => {
   await page.click("#record");
   await page.waitForFunction(() => /^Stop · 0:04/.test(document.getElementById("record").textContent));
   await page.click("#record");
-  await page.waitForFunction(() => /^recording\.webm/.test(document.getElementById("hint").textContent));
+  await page.waitForFunction(() => /^recording\.webm/.test(document.getElementById("sound").textContent));
   await page.click("#go");
   await page.waitForSelector("#result:not([hidden])");
   heard(await shown(page, "#segments"));
@@ -423,22 +421,30 @@ onPage("a transcription shows how far it is", {}, async (page) => {
 });
 
 onPage("the server is left alone while nobody looks", {}, async (page) => {
-  await page.waitForFunction(() => document.getElementById("server").textContent.includes("in work"));
-  await page.clock.install();
   let looks = 0;
   page.on("request", (request) => (looks += request.url().endsWith("/health")));
+  await page.clock.install();
+  await page.reload();
+  const pass = async (seconds) => {
+    for (let passed = 0; passed < seconds; passed += 5) {
+      await page.clock.runFor(5000);
+      await new Promise((resolve) => setTimeout(resolve, 100)); // for the answer to come
+    }
+  };
   const turn = (hidden) => page.evaluate((hidden) => {
     Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
     document.dispatchEvent(new Event("visibilitychange"));
   }, hidden);
-  await turn(false);
-  for (let minute = 0; minute < 3; minute++) await page.clock.runFor(20_000);
-  assert.ok(looks >= 3 && looks <= 20, String(looks));
+  await pass(60);
+  assert.ok(looks >= 6 && looks <= 16, String(looks));
   await turn(true);
-  await page.clock.runFor(20_000);
+  await pass(10);
   const before = looks;
-  await page.clock.runFor(60_000);
+  await pass(60);
   assert.equal(looks, before);
+  await turn(false);
+  await pass(30);
+  assert.ok(looks > before);
 });
 
 for (const [name, colorScheme, locale, sounds] of [
