@@ -126,13 +126,12 @@ async function downloaded(page) {
   return { name: download.suggestedFilename(), body: fs.readFileSync(await download.path(), "utf8") };
 }
 
-async function served(file, fields, on = server, task = "transcriptions") {
+async function served(file, fields) {
   const form = new FormData();
   for (const [name, value] of fields) form.append(name, value);
   form.append("file", new File([fs.readFileSync(file)], "a.wav"));
-  const route = `${on.at("127.0.0.1")}openai/deployments/whisper-1/audio/${task}?api-version=2024-10-21`;
-  const answer = await fetch(route, { method: "POST", body: form, headers: { "api-key": "opensesame" } });
-  return answer.text();
+  const route = `${server.at("127.0.0.1")}openai/deployments/whisper-1/audio/transcriptions`;
+  return (await fetch(route, { method: "POST", body: form })).text();
 }
 
 // -- tests
@@ -200,20 +199,17 @@ onPage("each word has its time", {}, async (page) => {
 for (const options of [{}, { language: "en", words: true }, { task: "translations" }]) {
   onPage(`downloads and the curl are what the server sends: ${JSON.stringify(options)}`, {}, async (page) => {
     await transcribe(page, several, options);
-    const sound = path.join(folder, "several clips.wav");
     for (const format of FORMATS) {
       await page.selectOption("#format", format);
       const { name, body } = await downloaded(page);
       assert.match(name, /^several clips\.(txt|srt|vtt|json|verbose\.json)$/);
-      const fields = [["response_format", format]];
-      if (options.language) fields.push(["language", options.language]);
-      if (options.words && format === "verbose_json")
-        fields.push(["timestamp_granularities[]", "word"], ["timestamp_granularities[]", "segment"]);
-      const expected = await served(sound, fields, server, options.task);
       const command = await shown(page, "#curl");
-      assert.equal(execFileSync("bash", ["-c", command], { cwd: folder, stdio: "pipe", encoding: "utf8" }), expected);
+      assert.match(command, new RegExp(`/audio/${options.task ?? "transcriptions"}\\?[^]*response_format=${format}`));
+      assert.equal(command.includes("language=en"), options.language === "en");
+      const sent = execFileSync("bash", ["-c", command], { cwd: folder, stdio: "pipe", encoding: "utf8" });
       if (options.words && ["srt", "vtt"].includes(format)) continue; // word times make those of segments finer
-      assert.equal(body, expected);
+      assert.equal(body, sent);
+      assert.equal(body.includes('"words":'), options.words === true && format === "verbose_json");
     }
   });
 }
@@ -448,8 +444,8 @@ onPage("the server is left alone while nobody looks", {}, async (page) => {
 });
 
 for (const [name, colorScheme, locale, sounds] of [
-  ["page", "light", "en-US", ["en/quick_brown_fox", "en/hello_world", "en/counting"]],
-  ["page-ja-dark", "dark", "ja-JP", ["ja/konnichiwa_sekai", "ja/kazoeru", "ja/pangrama"]],
+  ["page", "light", "en-US", ["en/quick_brown_fox", "en/hello_world"]],
+  ["page-ja-dark", "dark", "ja-JP", ["ja/konnichiwa_sekai", "ja/kazoeru"]],
 ].filter(() => PICTURES)) {
   onPage(`picture ${name}`, { colorScheme, locale, viewport: { width: 860, height: 600 } }, async (page) => {
     const talk = path.join(folder, "talk.wav");
