@@ -214,6 +214,12 @@ for (const options of [{}, { language: "en", words: true }, { task: "translation
   });
 }
 
+onPage("times are cut as the server cuts them", {}, async (page) => { // the float32 of 23.64, 47.48; hours beyond 99
+  for (const [seconds, expected] of [[23.63999938964844, "00:00:23,639"], [47.47999954223633, "00:00:47,480"],
+    [59.9999, "00:00:59,999"], [3599.9990234375, "00:59:59,999"], [360000, "100:00:00,000"]])
+    assert.equal(await page.evaluate(`clock(${seconds}, ",")`), expected);
+});
+
 onPage("the curl of a file with an odd name", { url: () => locked.at("localhost") }, async (page) => {
   await page.fill("#key", "opensesame");
   const odd = path.join(folder, "it's \"my\" $HOME; `x` \\ 音.wav");
