@@ -3854,6 +3854,54 @@ def test_giant_head_is_refused_before_it_ends(server: Served, head: bytes, statu
         assert statuses(ended(connection)) == [status]
 
 
+# -- the page --------------------------------------------------------------------------------------
+
+
+def test_page_lets_its_own_style_and_script_run_and_no_other(server: Served) -> None:
+    answer = server.http.get("/")
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    page, policy = answer.text, answer.headers["content-security-policy"]
+    assert page == (HERE / "index.html").read_text()
+    for tag in ("script", "style"):
+        (text,) = re.findall(f"(?s)<{tag}>(.*?)</{tag}>", page)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}';" in policy
+        assert page.count(f"<{tag}") == 1, "and every one is inline"
+    assert "unsafe" not in policy and not re.search(r" on\w+=| style=", page)
+    for rule in ("default-src 'none'", "connect-src 'self'", "media-src blob:", "base-uri 'none'"):
+        assert f"{rule};" in policy
+    for rule in ("form-action 'none'", "frame-ancestors 'none'", "require-trusted-types-for 'script'"):
+        assert f"{rule};" in policy
+    assert answer.headers["referrer-policy"] == "no-referrer"
+    assert answer.headers["permissions-policy"].startswith("microphone=(self)")
+
+
+def test_page_comes_to_head_and_without_a_key(locked: Served) -> None:
+    whole, head = locked.http.get("/"), locked.http.head("/")
+    assert whole.status_code == head.status_code == 200 and head.content == b"" and "<h1>" in whole.text
+    for name in ("content-type", "content-length", "content-security-policy"):
+        assert whole.headers[name] == head.headers[name]
+
+
+def test_page_names_no_other_place_than_its_server(server: Served) -> None:
+    addresses = re.findall(r"\w+://[^'\" ]*", server.http.get("/").text)
+    assert {one for one in addresses if "www.w3.org/2000/svg" not in one} <= {"https://"}, addresses
+
+
+def test_page_offers_the_languages_that_the_server_knows(server: Served) -> None:
+    (codes,) = re.findall(r'(?s)CODES = \((.*?)\)\.split', server.http.get("/").text)
+    assert set("".join(re.findall(r'"(.*?)"', codes)).split()) == set(LANGUAGES)
+
+
+def test_server_without_the_page_s_file_says_so(tmp_path: Path) -> None:
+    patch = "whisper_server.PAGE = whisper_server.Path('/nowhere/index.html')"
+    with serving(tmp_path, patch=patch) as served:
+        answer = served.http.get("/")
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "text/plain; charset=utf-8")
+        assert "index.html, is not beside whisper_server.py" in answer.text and "nowhere" not in answer.text
+        assert served.http.head("/").headers["content-length"] == str(len(answer.content))
+
+
 # -- slow clients, many connections ----------------------------------------------------------------
 
 HURRIED = """

@@ -20,6 +20,7 @@ surely gives its memory back. What passes between the two stands in one place: "
 from __future__ import annotations
 
 import argparse
+import base64
 import collections
 import contextlib
 import dataclasses
@@ -2239,6 +2240,7 @@ ROUTES = (
     Route(r"/health/?", "GET", "health", "azure"),
     Route(r"/", "GET", "page", "azure"),
 )
+PAGE = Path(__file__).with_name("index.html")
 FIRST_AUDIO_VERSION = "2023-09-01"  # older api-versions have no audio (contract §1.2)
 
 
@@ -2590,9 +2592,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.reply(503 if server.draining else 200, "application/json", to_json(body, "azure"))
 
     def page(self) -> None:
-        """GET /: a few words for a browser."""
-        text = f"Azure Whisper server, model {self.server.settings.model}. See /health.\n"
-        self.reply(200, "text/plain; charset=utf-8", text.encode())
+        """GET /: the page for people; a few words where its file was not copied along."""
+        try:
+            page = PAGE.read_bytes()
+        except OSError:
+            text = f"Azure Whisper server, model {self.server.settings.model}. See /health.\n"
+            text += "Its page for people, index.html, is not beside whisper_server.py.\n"
+            return self.reply(200, "text/plain; charset=utf-8", text.encode())
+        self.reply(200, "text/html; charset=utf-8", page, page_headers(page))
 
     # -- replies: the one place that writes them --------------------------------------------------
 
@@ -2729,6 +2736,32 @@ def names_machine(host: str) -> bool:
         ipaddress.ip_address(name)
         return True
     return name == "localhost" or name.endswith(".localhost")
+
+
+def page_headers(page: bytes) -> list[tuple[str, str]]:
+    """What the page may do: run its own style and script, known by their hashes, and talk to this server.
+
+    >>> dict(page_headers(b"<style>p{}</style><script>1</script>"))["Content-Security-Policy"][:84]
+    "default-src 'none'; script-src 'sha256-a4ayc/80/OGda4BO/1o/V0etpOqiLx1JwB5S3beHW0s='"
+    """
+    allowed = {
+        tag: " ".join(
+            f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'"
+            for text in re.findall(rb"(?s)<%b>(.*?)</%b>" % (tag.encode(), tag.encode()), page)
+        )
+        for tag in ("script", "style")
+    }
+    policy = (
+        f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; img-src data:; "
+        "media-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    return [
+        ("Content-Security-Policy", policy),
+        ("Permissions-Policy", "microphone=(self), camera=(), geolocation=()"),
+        ("Referrer-Policy", "no-referrer"),
+        ("Cache-Control", "no-cache"),  # a new version of the page is seen at once
+    ]
 
 
 def still_fetching(worker: Worker) -> Refusal:
