@@ -13,6 +13,7 @@ import asyncio
 import base64
 import collections
 import contextlib
+import dataclasses
 import hashlib
 import http.server
 import io
@@ -46,12 +47,14 @@ import aiohttp
 import av
 import httpx
 import jiwer
+import kubernetes_validate
 import numpy as np
 import openai
 import pytest
 import pytest_audioeval
 import requests
 import tokenizers
+import yaml
 from faster_whisper.tokenizer import _LANGUAGE_CODES
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -4362,6 +4365,110 @@ def test_failure_of_one_request_is_its_own(tmp_path: Path) -> None:
         assert answer.status_code == 500 and "on purpose" in answer.text
         child = served.child()
         assert words(served) == 1 and served.child() == child and in_time(lambda: not kept_uploads(served))
+
+
+# -- deployment files ------------------------------------------------------------------------------
+
+KUBERNETES = {one["kind"]: one for one in yaml.safe_load_all((HERE / "kubernetes.yaml").read_text())}
+POD = KUBERNETES["Deployment"]["spec"]["template"]["spec"]
+CONTAINER = POD["containers"][0]
+DOCKERFILE = (HERE / "Dockerfile").read_text()
+
+
+def valid(document: dict[str, Any]) -> str:
+    """The newest Kubernetes version known here, whose schema allows this document and nothing beyond it."""
+    return str(kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True))
+
+
+@pytest.mark.parametrize("kind", KUBERNETES)
+def test_kubernetes_document_fits_the_schema(kind: str) -> None:
+    assert float(valid(KUBERNETES[kind]).split(".")[1]) >= 34
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value"),
+    [
+        ("Deployment", "spec.template.spec.containers.0.readinesProbe", {}),
+        ("Deployment", "spec.template.spec.terminationGracePeriodSeconds", "45"),
+        ("Deployment", "spec.template.spec.containers.0.ports.0.containerPort", None),
+        ("Service", "spec.ports.0.port", "http"),
+        ("PersistentVolumeClaim", "spec.size", "5Gi"),
+        ("HorizontalPodAutoscaler", "spec.metrics.0.pods.target.type", None),
+    ],
+)
+def test_kubernetes_schema_sees_a_slip(kind: str, path: str, value: Any) -> None:
+    document = at = json.loads(json.dumps(KUBERNETES[kind]))
+    *parents, last = [int(step) if step.isdigit() else step for step in path.split(".")]
+    for step in parents:
+        at = at[step]
+    at[last] = value
+    with pytest.raises(kubernetes_validate.ValidationError):
+        valid(document)
+
+
+def test_kubernetes_names_what_the_image_has() -> None:
+    uid = POD["securityContext"]["runAsUser"]
+    assert re.findall(r"--uid (\d+)|^USER (\d+)", DOCKERFILE, re.M) == [(str(uid), ""), ("", str(uid))] * 2
+    ports = [str(port["containerPort"]) for port in CONTAINER["ports"]]
+    assert re.findall(r"^EXPOSE (\d+)", DOCKERFILE, re.M) == ports * 2
+    mounts = {mount["mountPath"]: mount["name"] for mount in CONTAINER["volumeMounts"]}
+    assert set(re.findall(r"^VOLUME (.+)", DOCKERFILE, re.M)) < set(mounts) == {"/cache", "/tmp"}
+    assert {volume["name"] for volume in POD["volumes"]} == set(mounts.values())
+    assert CONTAINER["startupProbe"]["exec"]["command"][0] in DOCKERFILE
+
+
+def test_kubernetes_sets_real_settings() -> None:
+    environment = {one["name"]: one.get("value", "a,b") for one in CONTAINER["env"]}
+    fields = {"WHISPER_" + field.name.upper(): field.name for field in dataclasses.fields(Settings)}
+    assert set(environment) <= set(fields)
+    read = Settings.read(environment)
+    assert all(getattr(read, fields[name]) != getattr(Settings(), fields[name]) for name in environment)
+    with pytest.raises(whisper_server.SettingError):  # what a Service of the name "whisper" would set
+        Settings.read({"WHISPER_PORT": "tcp://10.0.0.1:80"})
+    assert POD["enableServiceLinks"] is False
+
+
+def test_kubernetes_objects_belong_together() -> None:
+    deployment, service, claim, scaler = KUBERNETES.values()
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"] == labels
+    assert service["spec"]["ports"][0]["targetPort"] == CONTAINER["ports"][0]["name"]
+    volumes = {volume["name"]: volume for volume in POD["volumes"]}
+    assert volumes["models"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    target = scaler["spec"]["scaleTargetRef"]
+    assert all(target[key] == deployment[key] for key in ("kind", "apiVersion"))
+    assert target["name"] == deployment["metadata"]["name"]
+
+
+def test_kubernetes_gives_a_pod_the_time_to_drain() -> None:
+    first = int(CONTAINER["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert POD["terminationGracePeriodSeconds"] >= first + whisper_server.GRACE_SECONDS + 5
+    liveness = CONTAINER["livenessProbe"]
+    assert liveness["periodSeconds"] * liveness["failureThreshold"] > whisper_server.GRACE_SECONDS
+
+
+def test_kubernetes_probes_find_a_server(server: Served) -> None:
+    for kind in ("readinessProbe", "livenessProbe"):
+        probe = CONTAINER[kind]["httpGet"]
+        assert probe["port"] == CONTAINER["ports"][0]["name"]
+        assert server.http.get(probe["path"]).status_code == 200
+
+
+def test_kubernetes_startup_waits_for_the_model(server: Served, tmp_path: Path) -> None:
+    """It knows a loaded model from one that is not, and one that cannot be had."""
+    assert heard_right(server)
+    command = [sys.executable, *CONTAINER["startupProbe"]["exec"]["command"][1:]]
+
+    def probe(served: Served) -> int:
+        environment = os.environ | {"WHISPER_PORT": str(served.port), "http_proxy": "http://127.0.0.1:1"}
+        return subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, timeout=20).returncode
+
+    assert probe(server) == 0
+    with serving(tmp_path) as fresh:  # not loaded
+        assert probe(fresh) == 1
+    with serving(tmp_path, MODEL=str(tmp_path / "none")) as broken:  # unavailable
+        in_time(lambda: broken.health()["models"])
+        assert probe(broken) == 1
 
 
 # -- hangs -----------------------------------------------------------------------------------------
