@@ -144,6 +144,9 @@ COMPUTE_TYPES = (
 ).split()
 
 
+AZURE_UPLOAD_LIMIT = 26_214_400  # bytes
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What the environment says, checked once at start. README has a table of the same names."""
@@ -211,7 +214,7 @@ class Settings:
 
     def upload_limit(self) -> int:
         """The largest request body, in bytes; strict: what Azure enforces (contract, table (a) 36)."""
-        return 26_214_400 if self.strict else self.max_upload_mb * 1024 * 1024
+        return AZURE_UPLOAD_LIMIT if self.strict else self.max_upload_mb * 1024 * 1024
 
 
 def available_cores() -> int:
@@ -824,7 +827,7 @@ def decode(
                 raise Refusal(400, "The file has no audio track.", param="file")
             if (container.duration or 0) / av.time_base > 1.1 * max_seconds:  # an estimate in some
                 raise too_long(max_seconds)
-            if container.duration and container.format.name not in GUESSED:
+            if (container.duration or 0) > 0 and container.format.name not in GUESSED:
                 declare(container.duration / av.time_base)
             for frame in frames(container):
                 sound = frame.to_ndarray().reshape(-1)
@@ -1262,6 +1265,9 @@ class Misfit(Exception):
     """A short encoder window went wrong; this one has to be decoded at full size."""
 
 
+Ahead = tuple["Future[list[Segment]]", Window]
+
+
 @dataclasses.dataclass(eq=False)
 class Work:
     """One file in the child."""
@@ -1274,6 +1280,12 @@ class Work:
     spent: float = 0.0  # seconds of the model, for taking turns
     inference: float = 0.0
     decoding: float = 0.0
+    encodings: int = 0
+    ahead: collections.deque[Ahead] = dataclasses.field(default_factory=collections.deque)  # not yet sent
+    windows: int = 0  # sent so far
+    segments: int = 0  # in them
+    until: float = 0.0  # seconds: where the last window sent ends
+    told: tuple[Any, ...] = ()  # the last progress
 
 
 @dataclasses.dataclass(eq=False)
@@ -1344,6 +1356,7 @@ class Owner:
             else:
                 share = (time.monotonic() - started) / len(calls)
                 for call, answer in zip(calls, answers, strict=True):
+                    call.work.encodings += call.kind == "encode"
                     call.work.spent += share
                     call.work.inference += share
                     call.answer.set_result(answer)
@@ -1555,12 +1568,16 @@ class Engine:
                 cpu_threads=settings.threads or available_cores(),
             )
         except RuntimeError as error:  # of CTranslate2: a truncated or foreign model.bin
-            message = f"The model in {directory} cannot be loaded: {error}."
+            message = (
+                f"The model in {directory} cannot be loaded: {error}. If it was fetched, delete it there "
+            )
+            message += "and start again; if it is your own, convert it again."
             raise Refusal(503, message, type="server_error", code="model_unusable") from None
         model = self.whisper.model
         if model.n_mels != 80 and not (directory / "preprocessor_config.json").exists():
             message = (
-                f"The model in {directory} hears {model.n_mels} mels and lacks preprocessor_config.json."
+                f"The model in {directory} hears {model.n_mels} mels and lacks preprocessor_config.json; "
+                "copy that file from the repository it was made from."
             )
             raise Refusal(503, message, type="server_error", code="model_incomplete")
         self.batch_size = settings.batch_size or batch_size_for(directory)
@@ -1786,23 +1803,7 @@ class Child:
         if work.options.language:
             work.language.set_result(work.options.language)
         engine: Engine | None = None
-        ahead: collections.deque[tuple[Future[list[Segment]], Window]] = collections.deque()
         heard = Heard(work, self.settings.max_audio_seconds, self.busy)
-        numbers = itertools.count()
-
-        def deliver(windows: int) -> None:
-            """Send what is ready, and wait until at most so many windows are in work."""
-            while ahead and (ahead[0][0].done() or len(ahead) > windows):
-                decoding, window = ahead.popleft()
-                segments = decoding.result()
-                for segment in segments:
-                    segment.id = next(numbers)
-                if segments:
-                    self.send("segments", work.id, segments)
-                done = (window.start + len(window.samples)) / RATE
-                batches = engine.owner.new_batches() if engine else []
-                self.send("progress", work.id, done, *heard.known(), batches)
-
         try:
             for window in heard.timed(cut_windows(heard, self.settings.vad), work):
                 if work.cancelled.is_set():
@@ -1813,12 +1814,14 @@ class Child:
                     if work.options.language:
                         engine.check_language(work.options.language)
                     engine.owner.enter(work)
-                ahead.append((self.windows.submit(engine.transcribe, work, window), window))
+                work.ahead.append((self.windows.submit(engine.transcribe, work, window), window))
                 if not work.language.done():  # the first window tells it for the others
-                    told: list[Future[Any]] = [work.language, ahead[0][0]]
+                    told: list[Future[Any]] = [work.language, work.ahead[0][0]]
                     wait(told, return_when=FIRST_COMPLETED)
-                deliver(max(1, 2 * engine.batch_size // max(1, len(engine.owner.present))))
-            deliver(0)
+                most = max(1, 2 * engine.batch_size // max(1, len(engine.owner.present)))
+                self.deliver(work, heard, engine, most)
+            if engine:
+                self.deliver(work, heard, engine, 0)
         finally:
             work.cancelled.set()  # after a failure the windows in work have nobody to wait for them
             if engine:
@@ -1826,6 +1829,26 @@ class Child:
         spoken = work.language.result() if work.language.done() else "en"
         took = {"decode": work.decoding, "inference": work.inference}
         self.send("done", work.id, spoken, heard.seconds, took)
+
+    def deliver(self, work: Work, heard: Heard, engine: Engine, most: int) -> None:
+        """Send what is ready, and wait until at most so many windows are in work."""
+        while work.ahead and (work.ahead[0][0].done() or len(work.ahead) > most):
+            decoding, window = work.ahead[0]
+            if wait([decoding], timeout=1.0).done:
+                work.ahead.popleft()
+                segments = decoding.result()
+                for segment in segments:
+                    segment.id, work.segments = work.segments, work.segments + 1
+                if segments:
+                    self.send("segments", work.id, segments)
+                work.windows += 1
+                work.until = (window.start + len(window.samples)) / RATE
+            encoded = [window for _, window in work.ahead][: max(0, work.encodings - work.windows)]
+            half = sum(len(window.samples) for window in encoded) / RATE / 2  # the other half is to decode it
+            told = (work.until + half, *heard.known())
+            if told != work.told:  # only news: while a model hangs, nothing may say that it works
+                work.told = told
+                self.send("progress", work.id, *told, engine.owner.new_batches())
 
 
 class Heard:
@@ -1846,7 +1869,7 @@ class Heard:
 
     def known(self) -> tuple[float, bool]:
         """Seconds of sound known of, and whether that is the whole file, as far as it tells the truth."""
-        if self.ended or self.seconds > self.declared + 1:  # it is often off by a frame or two
+        if self.ended or not self.declared or self.seconds > self.declared + 1:  # a little more is usual
             return self.seconds, self.ended
         return max(self.declared, self.seconds), True
 
@@ -2069,9 +2092,9 @@ class Worker:
 
     def far(self) -> tuple[float, str, float | None]:
         """Since when the model is fetched or loaded, how far that is in words, and as a share."""
-        seconds = time.monotonic() - self.since
-        done, total = self.state.get("bytes_done", 0), self.state.get("bytes_total", 0)
-        begun = f"model {self.model}: {self.state['state']}, "
+        seconds, state = time.monotonic() - self.since, self.state
+        done, total = state.get("bytes_done", 0), state.get("bytes_total", 0)
+        begun = f"model {self.model}: {state['state']}, "
         if not total:
             return self.since, begun + f"{seconds:.0f} s so far", None
         rate = max(1.0, (done - self.first_bytes) / max(0.001, seconds))  # bytes a second
@@ -2209,7 +2232,11 @@ class Worker:
         waiting = set(list(self.again)[1:])  # for their second try; the dead child never had them
         for job in [job for job in self.jobs.values() if job not in waiting]:
             if job.tries >= TRIES or (job.begun and job.options.stream):
-                lost = Refusal(500, "The worker process died over this request.", type="server_error")
+                message = (
+                    f"The worker process died over this request (exit code {code}). Its log tells more; "
+                )
+                message += "another file, or a smaller WHISPER_BATCH_SIZE or model, may do."
+                lost = Refusal(500, message, type="server_error")
                 job.events.put(("failed", lost))
                 self.jobs.pop(job.id, None)
             elif job.begun:
@@ -2397,12 +2424,14 @@ class Body:
 def too_large(limit: int, received: int) -> Refusal:
     """The recorded words for a body over the limit (contract §3.4)."""
     message = f"Maximum content size limit ({limit}) exceeded ({received} bytes read)"
+    message += "" if limit == AZURE_UPLOAD_LIMIT else "; WHISPER_MAX_UPLOAD_MB sets it"
     return Refusal(413, message, type="server_error")
 
 
 def cannot_store(error: OSError) -> Refusal:
     """The disk is full, or there is no descriptor for another file."""
-    return Refusal(507, f"The upload cannot be stored: {error.strerror}.", type="server_error")
+    message = f"The upload cannot be stored in {tempfile.gettempdir()}: {error.strerror}. "
+    return Refusal(507, message + "TMPDIR names another directory.", type="server_error")
 
 
 def too_slow() -> Refusal:
@@ -2573,9 +2602,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         allowed = "POST" if route.method == "POST" else "GET, HEAD"
         message = f"Method {self.command} is not allowed here; use {allowed}."
         if route.method == "POST":
-            address = f"http://{self.headers.get('Host') or 'localhost'}{self.path}"[:200]
-            message += " This address is for programs, not for a browser: it takes a file of sound and"
-            message += f' answers with its text. Try: curl -F "file=@speech.mp3" "{address}"'
+            here = f"http://{self.headers.get('Host') or 'localhost'}"[:100]
+            path = self.path.partition("?")[0][:100]  # a key may follow
+            message += " This address is for programs: it takes a file of sound and answers with its text."
+            message += f' In a browser open {here}/ or try: curl -F "file=@speech.mp3" "{here}{path}"'
         return Refusal(405, message, code="method_not_allowed", headers=(("Allow", f"{allowed}, OPTIONS"),))
 
     # -- who asks ---------------------------------------------------------------------------------
@@ -2806,9 +2836,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "models": {model: worker.state for model, worker in list(server.workers.items())},
             "requests": {"in_work": server.in_work, "limit": server.settings.max_queue},
             "work": [
-                {"id": one.name, "model": one.job[0].model, **one.job[1].far()}
+                {"id": one.name, "model": given[0].model, **given[1].far()}
                 for one in list(server.present)
-                if one.job
+                if (given := one.job)
             ],
             "uptime_seconds": round(time.time() - server.started_at, 1),
         }
@@ -2847,11 +2877,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def far(self) -> tuple[float, str, float | None]:
         """Since when a request is in work, how far it is in words, and as a share."""
-        if self.job:
-            worker, job = self.job
+        given, body = self.job, self.body  # read once: another thread asks, and this may end meanwhile
+        if given:
+            worker, job = given
             return self.begun, *worker.job_far(job)
-        received = self.body.received if self.body else 0
-        length = self.body.length if self.body else None
+        received, length = (body.received, body.length) if body else (0, None)
         whole, share = (f" of {length / 1e6:.1f}", received / length) if length else ("", None)
         return self.begun, f"upload from {self.client_address[0]}: {received / 1e6:.1f}{whole} MB", share
 
@@ -3007,17 +3037,21 @@ class Progress:
         """`lasting`: since when each thing lasts, how far it is in words, and as a share if known."""
         now = time.monotonic()
         self.told = {what: self.told.get(what, since) for what, (since, _, _) in lasting.items()}
-        for what, (_, words, _) in lasting.items() if not self.terminal else ():
-            if now - self.told[what] >= PROGRESS_SECONDS:
+        for what, (_, words, _) in lasting.items():
+            if not self.terminal and now - self.told[what] >= PROGRESS_SECONDS:
                 self.told[what] = now
                 log.info("%s", words)
         if self.terminal and (lasting or self.drawn):
-            bars = [f"[{'#' * int(20 * share):<20}] " if share else "" for _, _, share in lasting.values()]
-            line = "  ".join(bar + words for bar, (_, words, _) in zip(bars, lasting.values(), strict=True))
-            width = shutil.get_terminal_size().columns - 1
-            sys.stderr.write(CLEAR_LINE + "".join(c for c in line if c.isprintable())[:width])
-            sys.stderr.flush()
-            self.drawn = bool(line)
+            self.drawn = bool(lasting)
+            bars = [
+                words if share is None else f"[{'#' * int(10 * share):<10}] {words}"
+                for _, words, share in lasting.values()
+            ]
+            line = "".join(c for c in "  ".join(bars) if c.isprintable())
+            with contextlib.suppress(OSError):  # a terminal that is gone
+                width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+                sys.stderr.write(CLEAR_LINE + line[: width - 1])
+                sys.stderr.flush()
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -3169,7 +3203,7 @@ class Server(http.server.ThreadingHTTPServer):
     def url(self) -> str:
         """Where a client on this machine finds the server."""
         address = ipaddress.ip_address(str(self.server_address[0]))
-        usual = address.is_unspecified or str(address) in ("127.0.0.1", "::1")
+        usual = address.is_unspecified or str(address) == "127.0.0.1"
         host = "localhost" if usual else f"[{address}]" if address.version == 6 else str(address)
         return f"http://{host}:{self.server_port}"
 
