@@ -144,9 +144,6 @@ COMPUTE_TYPES = (
 ).split()
 
 
-AZURE_UPLOAD_LIMIT = 26_214_400  # bytes
-
-
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What the environment says, checked once at start. README has a table of the same names."""
@@ -214,7 +211,7 @@ class Settings:
 
     def upload_limit(self) -> int:
         """The largest request body, in bytes; strict: what Azure enforces (contract, table (a) 36)."""
-        return AZURE_UPLOAD_LIMIT if self.strict else self.max_upload_mb * 1024 * 1024
+        return 26_214_400 if self.strict else self.max_upload_mb * 1024 * 1024
 
 
 def available_cores() -> int:
@@ -2424,7 +2421,7 @@ class Body:
 def too_large(limit: int, received: int) -> Refusal:
     """The recorded words for a body over the limit (contract §3.4)."""
     message = f"Maximum content size limit ({limit}) exceeded ({received} bytes read)"
-    message += "" if limit == AZURE_UPLOAD_LIMIT else "; WHISPER_MAX_UPLOAD_MB sets it"
+    message += "" if limit == 26_214_400 else "; WHISPER_MAX_UPLOAD_MB sets it"
     return Refusal(413, message, type="server_error")
 
 
@@ -3174,10 +3171,13 @@ class Server(http.server.ThreadingHTTPServer):
 
     def service_actions(self) -> None:
         """Called twice a second by serve_forever."""
-        for worker in list(self.workers.values()):
+        workers = list(self.workers.values())
+        for worker in workers:
             worker.tick()
-        workers = [one for one in self.workers.values() if one.state["state"] in ("fetching", "loading")]
-        slow: list[Worker | Handler] = [*workers, *list(self.present)]
+        slow: list[Worker | Handler] = [
+            one for one in workers if one.state["state"] in ("fetching", "loading")
+        ]
+        slow += list(self.present)
         self.progress.show({one: one.far() for one in slow})
 
     def drain(self) -> None:
