@@ -21,8 +21,10 @@ import itertools
 import json
 import math
 import os
+import pty
 import random
 import re
+import shlex
 import signal
 import socket
 import struct
@@ -66,6 +68,7 @@ from openai.types.audio import (
     Translation,
     TranslationVerbose,
 )
+from prometheus_client.parser import text_string_to_metric_families
 
 import whisper_server
 from whisper_server import (
@@ -4031,6 +4034,394 @@ def test_client_that_never_reads_its_answer_is_cut(tmp_path: Path) -> None:
         connection.sendall(lines_of("GET / HTTP/1.1", HOST, ""))
         in_time(lambda: len(list(tasks.iterdir())) > before)
         in_time(lambda: len(list(tasks.iterdir())) == before)
+
+
+# -- progress, messages, metrics -------------------------------------------------------------------
+
+SLOW = """
+whisper_server.PROGRESS_SECONDS = 0.5
+SECONDS = 1.5
+"""
+FAR = r"request 1: (\d+) % of 0:02:00, \d+\.\dx real time, 0:0\d:\d\d left"
+
+
+def test_long_file_tells_how_far_it_is(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+    with serving(tmp_path, patch=WORDY + SLOW, VAD="0") as served, ThreadPoolExecutor() as pool:
+        form = {"file": ("secret-name.wav", noise(120))}
+        headers = {"x-ms-client-request-id": "my-own-id", "api-key": "secret-key"}
+        answer = pool.submit(httpx.post, served.url + AZURE, files=form, headers=headers, timeout=60)
+        while not answer.done():
+            health = served.health()
+            assert "secret" not in str(health)
+            seen += health["work"]
+            time.sleep(0.1)
+        assert answer.result().status_code == 200
+        in_time(lambda: served.health()["work"] == [])
+    for work in seen:
+        assert list(work) == ["id", "model", "seconds_done", "seconds_known", "percent", "speed"]
+        assert (work["id"], work["model"]) == ("my-own-id", "base")
+    far = [work["seconds_done"] for work in seen if work["seconds_known"]]
+    assert far == sorted(far) and len(set(far)) >= 3 and far[0] == 0 and 60 < far[-1] <= 120
+    for work in seen:
+        if work["seconds_known"]:
+            assert work["seconds_known"] == 120 and work["percent"] == int(work["seconds_done"] / 1.2)
+    assert 1 < seen[-1]["speed"] < 60  # four windows of 12 s take 1.5 s
+    logged = [int(percent) for percent in re.findall(FAR, served.log())]
+    assert logged == sorted(logged) and len(set(logged)) >= 2 and logged[-1] < 100
+    assert "secret" not in served.log()
+
+
+def test_windows_that_are_encoded_count_by_half(tmp_path: Path) -> None:
+    patch = """
+    real = whisper_server.Owner.generate
+    def slowly(self, calls):
+        time.sleep(3)
+        whisper_server.log.info("decoded")
+        return real(self, calls)
+    whisper_server.Owner.generate = slowly
+    """
+    with serving(tmp_path, patch=patch) as served:
+        with asking(served, sound=sound(*[NUMBERS, 0.5] * 6), language="en") as (answer,):
+            done = in_time(lambda: (work := served.health()["work"]) and work[0]["seconds_done"])
+            assert "decoded" not in served.log() and done > 1
+        assert answer.result().status_code == 200
+
+
+def test_speed_counts_from_when_the_model_is_ready() -> None:
+    worker = whisper_server.Worker(Settings.read({}), "base", whisper_server.Metrics())
+    job = whisper_server.Job(1, io.BytesIO(), Options(), since=time.monotonic() - 1000)
+    worker.jobs[1] = job
+    for state in ("loading", "ready"):
+        worker._hear("state", {"state": state})
+    worker._hear("progress", 1, 50.0, 100.0, True, [])
+    assert job.far()["speed"] > 1 and job.far()["percent"] == 50
+
+
+def test_request_without_a_good_id_goes_by_ours(tmp_path: Path) -> None:
+    with serving(tmp_path, patch=WORDY + SLOW, VAD="0") as served, ThreadPoolExecutor() as pool:
+        headers = {"x-ms-client-request-id": "two words"}
+        answer = pool.submit(ask, served, headers=headers)
+        (work,) = in_time(lambda: served.health()["work"])
+        assert work["id"] == answer.result().headers["apim-request-id"]
+
+
+def test_length_that_a_file_does_not_declare_is_not_made_up(recordings: Callable[[str], bytes]) -> None:
+    for name in CONTAINERS:
+        work = whisper_server.Work(1, Options(), io.BytesIO(recordings(name)))
+        heard = whisper_server.Heard(work, 60, lambda seconds: None)
+        assert heard.known() == (0, False)
+        told = [heard.known() for _ in heard]
+        assert heard.known() == (heard.seconds, True)
+        for seconds, whole in told:
+            assert whole == (name != "aac")  # FFmpeg would guess 3.1 s there
+            assert not whole or seconds == pytest.approx(heard.seconds, abs=0.1)
+    heard.declared, heard.ended = heard.seconds - 1.1, False  # a file that said too little
+    assert heard.known() == (heard.seconds, False)
+
+
+def test_log_is_never_silent_for_ten_seconds(tmp_path: Path) -> None:
+    with (
+        serving(tmp_path, patch=WORDY + "SECONDS = 10.5", VAD="0") as served,
+        asking(served, sound=SHORT) as (answer,),
+    ):
+        served.wait_for("window of request 1")
+        served.wait_for(r"request 1: waits for its first words, (9|10) s so far", 10)
+        assert not answer.done()
+
+
+def test_upload_and_download_tell_how_far_they_are(hub: Hub, cut_off: dict[str, str], tmp_path: Path) -> None:
+    hub.gate.clear()
+    with serving(tmp_path, patch="whisper_server.PROGRESS_SECONDS = 0.5", **cut_off) as served:
+        with half_sent(served):
+            served.wait_for(r"upload from 127\.0\.0\.1: 0\.1 of 0\.2 MB")
+        served.wait_for(r"model base: fetching, 7\d of 14\d MB, \d+\.\d MB/s, 0:00:\d\d left")
+        with asking(served) as (answer,):
+            served.wait_for(r"request 1: waits for the model \(fetching\), \d s so far")
+            hub.gate.set()
+        assert_heard(answer.result().json()["text"])
+        assert b"\r" not in served.log_file.read_bytes()  # no bar of any library
+
+
+def test_terminal_has_one_line_that_is_written_over(tmp_path: Path) -> None:
+    with serving(tmp_path, patch=WORDY + SLOW, VAD="0"):
+        pass  # which leaves the program behind
+    master, terminal = pty.openpty()
+    environment = os.environ | {"WHISPER_MODEL": "base", "WHISPER_PORT": "0", "WHISPER_VAD": "0"}
+    command = [sys.executable, str(tmp_path / "patched.py")]
+    process = subprocess.Popen(command, env=environment, stderr=terminal, stdin=terminal)
+    os.close(terminal)
+    shown = bytearray()
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # which is how a terminal ends
+            while piece := os.read(master, 65536):
+                shown.extend(piece)
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        port = int(in_time(lambda: b"found in" in shown and re.search(rb"localhost:(\d+),", shown))[1])
+        form = {"file": ("a.wav", noise(120))}
+        assert httpx.post(f"http://127.0.0.1:{port}{AZURE}", files=form, timeout=60).status_code == 200
+        process.terminate()
+        in_time(lambda: b"stopped\r\n" in shown)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+    begun, *pieces = shown.decode().split("\r\x1b[K")
+    assert begun == ""
+    stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} "
+    bars = [piece for piece in pieces if not re.fullmatch(stamp + "[^\r\n]*\r\n", piece)]
+    assert all(re.fullmatch(r"[^\x00-\x1f]{0,79}", bar) for bar in bars), bars
+    filled = [bar.count("#") for bar in bars if re.fullmatch(rf"\[#* *\] {FAR}", bar)]
+    assert len(filled) >= 3 and filled == sorted(filled) and filled[-1] > 4, bars
+    assert not any(re.match(stamp + "INFO +request 1: \\d+ %", piece) for piece in pieces)
+
+
+NEAR = {  # fields; what the answer asks
+    "verbose-json": "verbose_json",
+    "verboseJson": "verbose_json",
+    "JSON": "json",
+    "txt": "text",
+    "webvtt": "vtt",
+}
+
+
+@pytest.mark.parametrize("value", NEAR)
+def test_misspelt_format_is_guessed(server: Served, strict: Served, value: str) -> None:
+    message = refused(server.post(response_format=value), 400)["message"]
+    assert message.endswith(f"]  (did you mean '{NEAR[value]}'?)".replace("  ", " "))
+    exact = refused(strict.post(response_format=value), 400)["message"]
+    assert message.startswith(exact) and exact.endswith("}]")
+    assert "did you mean" not in server.post(response_format="yaml").text
+
+
+def test_misspelt_model_is_guessed(named: Served, tmp_path: Path) -> None:
+    error = refused(ask(named, OPENAI, model="Whispr"), 404)
+    assert error["message"].endswith("try again. (did you mean 'whisper'?)")
+    assert of_the_gateway(ask(named, AZURE.replace("/whisper/", "/whispr/")), 404, NO_DEPLOYMENT)
+    in_time(lambda: "did you mean 'whisper'?" in named.log())  # where its bytes are Azure's, the log says it
+    with serving(tmp_path, MODEL="large_v3") as served:
+        served.wait_for(
+            r"'large_v3' \(did you mean 'large-v3'\?\), but must be a directory, owner/name or one"
+        )
+        assert "did you mean 'large-v3'?" in refused(served.post(), 503)["message"]
+
+
+def test_misspelt_setting_is_warned_about_without_its_value(tmp_path: Path) -> None:
+    slips = {"API_KEY": "s3cret", "MODLE": "tiny", "IN_IMAGE": "1", "PUBLISH": "1.2.3.4", "SOMETHING": "1"}
+    with serving(tmp_path, **slips) as served:
+        served.wait_for("found in")
+        warned = re.findall(r"WARNING (\w+) \(did you mean '(\w+)'\?\) is not a setting", served.log())
+        assert sorted(warned) == [("WHISPER_API_KEY", "WHISPER_API_KEYS"), ("WHISPER_MODLE", "WHISPER_MODEL")]
+        assert "s3cret" not in served.log() and served.log().count("WARNING") == 2
+
+
+def test_browser_on_the_post_route_is_told_what_to_do(server: Served) -> None:
+    browser = {"Accept": "text/html,*/*;q=0.8", "User-Agent": "Mozilla/5.0"}
+    message = refused(ask(server, AZURE + "&api-key=s3cret", browser, "GET"), 405)["message"]
+    here = f"http://127.0.0.1:{server.port}"
+    assert f"In a browser open {here}/ " in message
+    assert message.endswith(f'curl -F "file=@speech.mp3" "{here}{AZURE.partition("?")[0]}"')
+    assert "s3cret" not in message + server.log()
+
+
+def test_hand_made_content_type_is_explained(server: Served) -> None:
+    for kind, words in (
+        ("multipart/form-data", "Leave that header to"),
+        ("application/json", "'application/json'"),
+    ):
+        headers = {"Content-Type": kind}
+        message = refused(server.http.post(AZURE, content=WHOLE, headers=headers), 400)["message"]
+        assert words in message and 'curl: -F "file=@speech.mp3"' in message
+        assert ("Leave that header" in message) == (kind == "multipart/form-data")
+
+
+@pytest.mark.parametrize("name", ["server", "strict", "locked", "named"])
+def test_curl_of_the_banner_works(name: str, request: pytest.FixtureRequest) -> None:
+    served: Served = request.getfixturevalue(name)
+    command = served.wait_for("try: (curl .*)")
+    assert ("YOUR-KEY" in command) == (name == "locked")
+    command = command.replace("YOUR-KEY", "second").replace("speech.mp3", str(ENGLISH.path))
+    said = subprocess.check_output(shlex.split(command), timeout=60)
+    assert fox(json.loads(said)["text"])
+    lines = served.log().splitlines()[:4]
+    for line, part in zip(
+        lines, ("http://localhost:", "keys: ", "try: curl", "model base: found"), strict=True
+    ):
+        assert part in line
+    assert (
+        lines[1].endswith("keys: one of 2 in WHISPER_API_KEYS")
+        if name == "locked"
+        else lines[1].endswith("keys: none needed, any will do")
+    )
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"), [("127.0.0.2", "127.0.0.2"), ("0.0.0.0", "localhost"), ("127.0.0.1", "localhost")]
+)
+def test_address_of_the_banner_can_be_opened(tmp_path: Path, host: str, shown: str) -> None:
+    with serving(tmp_path, HOST=host) as served:
+        address = served.wait_for(r"on (http://\S+), model")
+        assert address == f"http://{shown}:{served.port}"
+        assert httpx.get(address + "/health").status_code == 200
+
+
+Samples = dict[tuple[str, ...], float]
+
+
+def scraped(served: Served, **headers: str) -> Samples:
+    """What /metrics says, by name and label values, after the official parser and a look at the whole."""
+    answer = served.http.get("/metrics", headers=headers)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    found: Samples = {}
+    for family in text_string_to_metric_families(answer.text):
+        assert family.documentation and family.type in ("counter", "gauge", "histogram")
+        for one in family.samples:
+            key = (one.name.removeprefix("whisper_"), *one.labels.values())
+            assert one.name.startswith("whisper_") and key not in found
+            found[key] = one.value
+    assert answer.text.count("# HELP") == answer.text.count("# TYPE") == 10
+    return found
+
+
+def answers(found: Samples) -> dict[tuple[str, ...], float]:
+    """The requests by route and status, those for /metrics and /health left out."""
+    return {
+        key[1:]: n
+        for key, n in found.items()
+        if key[0] == "requests_total" and key[1] not in ("metrics", "health")
+    }
+
+
+def test_metrics_count_exactly(tmp_path: Path) -> None:
+    patch = """
+    real = whisper_server.Owner.generate
+    def counted(self, calls):
+        whisper_server.log.info("a batch of %d windows", len(calls))
+        return real(self, calls)
+    whisper_server.Owner.generate = counted
+    """
+    with serving(tmp_path, patch=patch) as served:
+        before = scraped(served)
+        assert answers(before) == {} and before["queue_length",] == before["request_seconds_count",] == 0
+        assert before["model_state", "base", "not loaded"] == 1
+        long = sound(*[NUMBERS, 0.5] * 12)
+        seconds = sum(
+            is_good.json()["duration"]
+            for is_good in (
+                served.post(response_format="verbose_json"),
+                served.post(AZURE_TRANSLATIONS, JAPANESE, response_format="verbose_json"),
+                served.post(OPENAI, long, model="w", response_format="verbose_json"),
+            )
+        )
+        assert served.post(OPENAI, model="w", stream="true").text.endswith("[DONE]\r\n\r\n")
+        seconds += len(samples_of(ENGLISH)) / RATE
+        bad = [served.post(language="xx"), served.post(sound=None), served.post(sound=b"no sound")]
+        bad += [
+            served.http.get(AZURE),
+            served.http.post("/v1/x"),
+            served.http.get("/no/such"),
+            served.http.get("/"),
+        ]
+        bad += [served.http.get("/v1/models"), served.http.request("BREW", "/v1/models/x")]
+        expected = {
+            ("transcriptions", "200"): 3,
+            ("translations", "200"): 1,
+            ("transcriptions", "400"): 3,
+            ("transcriptions", "405"): 1,
+            ("other", "404"): 2,
+            ("page", "200"): 1,
+            ("openai_models", "200"): 1,
+            ("openai_models", "405"): 1,
+        }
+        found = in_time(lambda: (now := scraped(served)) and answers(now) == expected and now)
+        assert found["audio_seconds_total",] == pytest.approx(seconds, abs=1e-3)
+        batches = [int(windows) for windows in re.findall("a batch of (\\d+) windows", served.log())]
+        assert found["windows_per_batch_count",] == len(batches) >= 5 and max(batches) > 1
+        assert found["windows_per_batch_sum",] == sum(batches)
+        assert found["windows_per_batch_bucket", "1"] == batches.count(1)
+        assert found["windows_per_batch_bucket", "16"] == len(batches)
+        assert found["request_seconds_count",] == 8
+        for name in ("queue_seconds", "decode_seconds", "inference_seconds"):
+            assert found[name + "_count",] == 4
+        assert 0.1 < found["inference_seconds_sum",] < found["request_seconds_sum",]
+        assert 0 < found["decode_seconds_sum",] < found["request_seconds_sum",]
+        assert found["queue_seconds_sum",] > 0.1  # the first one waited for the model
+        assert found["queue_seconds_sum",] < found["request_seconds_sum",]
+        for name in whisper_server.HISTOGRAMS:
+            counts = [n for key, n in found.items() if key[0] == name + "_bucket"]
+            assert counts == sorted(counts) and counts[-1] == found[name + "_count",]
+            assert found[name + "_bucket", "+Inf"] == counts[-1]
+        states = {key[2]: n for key, n in found.items() if key[:2] == ("model_state", "base")}
+        assert states == {state: int(state == "ready") for state in whisper_server.STATES}
+        assert [key for key in found if key[0] == "device_info"] == [("device_info", "base", "cpu", "int8")]
+        assert " /metrics " not in served.log()  # scraped every few seconds, it would fill the log
+
+
+def test_histogram_bounds_are_upper_bounds() -> None:
+    metrics = whisper_server.Metrics()
+    for value in (0.05, 0.051, 0.1, 1800, 1801):
+        metrics.observe(queue_seconds=value)
+    lines = dict(line.rsplit(" ", 1) for line in metrics.text(0, {}).splitlines() if "queue_seconds_" in line)
+    assert [lines[f'whisper_queue_seconds_bucket{{le="{le}"}}'] for le in ("0.05", "0.1", "0.25")] == [
+        "1",
+        "3",
+        "3",
+    ]
+    assert [lines[f'whisper_queue_seconds_bucket{{le="{le}"}}'] for le in ("1800.0", "+Inf")] == ["4", "5"]
+    assert float(lines["whisper_queue_seconds_sum"]) == pytest.approx(3601.201)
+
+
+def test_metrics_count_from_many_threads() -> None:
+    metrics = whisper_server.Metrics()
+
+    def count(_: int) -> None:
+        for _ in range(2000):
+            metrics.count("page", 200)
+            metrics.observe(1.0, queue_seconds=1.0)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(count, range(8)))
+    text = metrics.text(0, {})
+    assert 'whisper_requests_total{route="page",status="200"} 16000\n' in text
+    assert "whisper_audio_seconds_total 16000.0\n" in text and "whisper_queue_seconds_count 16000\n" in text
+
+
+def test_metrics_need_a_key_where_one_is_set(locked: Served) -> None:
+    assert locked.http.get("/metrics").content == WRONG_KEY
+    assert scraped(locked, Authorization="Bearer first") and scraped(locked, **{"api-key": "second"})
+
+
+def test_metrics_show_the_queue_and_who_was_refused_or_left(tmp_path: Path) -> None:
+    with serving(tmp_path, patch=WORDY + "SECONDS = 2", VAD="0", MAX_QUEUE="2") as served:
+        with half_sent(served) as finish, asking(served, sound=SHORT) as (answer,):
+            in_time(lambda: scraped(served)["queue_length",] == 2)
+            assert ask(served).status_code == 429
+            assert finish().status_code == answer.result().status_code == 200
+        in_time(lambda: scraped(served)["queue_length",] == 0)
+        with connect(served) as leaving:
+            leaving.sendall(post_of(form_of()))
+            in_time(lambda: scraped(served)["queue_length",] == 1)
+        served.raw(b"nonsense\r\n\r\n")
+        connect(served).close()  # no request at all
+        expected = {
+            ("transcriptions", "200"): 2,
+            ("transcriptions", "429"): 1,
+            ("transcriptions", "499"): 1,
+            ("other", "400"): 1,
+        }
+        in_time(lambda: answers(scraped(served)) == expected)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
+@example('a\\n"b\n\\')
+def test_labels_are_read_as_they_were_written(text: str) -> None:
+    line = whisper_server.sample("model_state", 1, model=text, state="ready")
+    (family,) = text_string_to_metric_families("# TYPE whisper_model_state gauge\n" + line)
+    assert [one.labels for one in family.samples] == [{"model": text, "state": "ready"}]
 
 
 # -- other sites, other names ----------------------------------------------------------------------

