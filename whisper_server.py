@@ -1385,7 +1385,7 @@ def find_gpu(asked_for: bool) -> tuple[Gpu | None, list[Finding]]:
         text = "/dev/kfd is there, but no GPU below /sys/class/kfd that may be used"
     elif any("0x1002" in card.read_text() for card in ROOT.glob("sys/class/drm/card*/device/vendor")):
         text = "there is a GPU of AMD, but no /dev/kfd: the amdgpu driver offers no computing"
-    return None, [Finding("GPU", "note", text)]
+    return None, [Finding("GPU", "note", text, "in a container, pass the devices in (see README)")]
 
 
 def find_amd(found: list[dict[str, Any]], targets: set[str] | None) -> tuple[Gpu | None, list[Finding]]:
@@ -1464,6 +1464,9 @@ def throwaway(pipe: Any, environment: dict[str, str], function: Callable[..., An
     """The throw-away process's whole life. The environment stands before any GPU library is loaded."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the one that began it
+    beginner = multiprocessing.parent_process()
+    if beginner and beginner.pid != os.getppid():
+        os._exit(1)  # which has ended already
     os.environ |= environment
     os.dup2(2, 1)  # --check --json alone writes to stdout
     try:
@@ -1849,8 +1852,9 @@ class Owner:
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-        self.batch_size = half = len(calls) // 2
-        log.warning("out of memory: at most %d windows in a batch from now on", half)
+        half = len(calls) // 2
+        self.batch_size = min(self.batch_size, half)
+        log.warning("out of memory: at most %d windows in a batch from now on", self.batch_size)
         return self.generate(calls[:half]) + self.generate(calls[half:])
 
     def generate_one(self, call: Call) -> Any:
