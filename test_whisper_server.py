@@ -3947,7 +3947,7 @@ class Wordy:
         pass
     def transcribe(self, work, window):
         whisper_server.log.info("window of request %d", work.id)
-        if work.options.prompt == "die" or self.device == "gpu":
+        if work.options.prompt == "die" or (BADLY and self.device == "gpu"):
             os.kill(os.getpid(), signal.SIGSEGV)
             time.sleep(9)  # until it arrives
         if work.options.prompt == "hang":
