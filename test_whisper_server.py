@@ -25,6 +25,7 @@ import pty
 import random
 import re
 import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -47,16 +48,19 @@ from typing import Any
 
 import aiohttp
 import av
+import ctranslate2
 import httpx
 import jiwer
 import kubernetes_validate
 import numpy as np
 import openai
+import psutil
 import pytest
 import pytest_audioeval
 import requests
 import tokenizers
 import yaml
+from faster_whisper.feature_extractor import FeatureExtractor
 from faster_whisper.tokenizer import _LANGUAGE_CODES
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -87,10 +91,14 @@ from whisper_server import (
     Word,
     Work,
     bare_word,
+    choose_device,
     clock,
     cut_windows,
     decode,
+    difference,
     fetch_from_index,
+    find_gpu,
+    in_throwaway,
     language_code,
     locate_model,
     plan_windows,
@@ -3895,7 +3903,7 @@ def test_page_names_no_other_place_than_its_server(server: Served) -> None:
 
 
 def test_page_offers_the_languages_that_the_server_knows(server: Served) -> None:
-    (codes,) = re.findall(r'(?s)CODES = \((.*?)\)\.split', server.http.get("/").text)
+    (codes,) = re.findall(r"(?s)CODES = \((.*?)\)\.split", server.http.get("/").text)
     assert set("".join(re.findall(r'"(.*?)"', codes)).split()) == set(LANGUAGES)
 
 
@@ -4581,15 +4589,15 @@ WORDY = """
 import os, signal
 
 class Wordy:
-    batch_size, compute_type = 2, "int8"
-    def __init__(self, directory, settings, gpu, busy):
-        self.device = "cuda" if gpu and BADLY else "cpu"
+    batch_size = 2
+    def __init__(self, directory, settings, device, busy):
+        self.device = device.device
         self.owner = whisper_server.Owner(None, 2, busy)
     def check_language(self, code):
         pass
     def transcribe(self, work, window):
         whisper_server.log.info("window of request %d", work.id)
-        if work.options.prompt == "die" or self.device == "cuda":
+        if work.options.prompt == "die" or (BADLY and self.device == "gpu"):
             os.kill(os.getpid(), signal.SIGSEGV)
             time.sleep(9)  # until it arrives
         if work.options.prompt == "hang":
@@ -4602,8 +4610,12 @@ class Wordy:
         at = window.start / 16000
         return [whisper_server.Segment(0, 0, at, at + 1, " word", [], 0.0, 0.0, 1.0, 0.0)]
 
+def choose(settings, directory, given_up, patience):
+    device = "gpu" if BADLY and not given_up else "cpu"
+    return whisper_server.Device(device, "made up", "int8", why=given_up)
+
 BADLY, SECONDS = False, 0.0
-whisper_server.Engine = Wordy
+whisper_server.Engine, whisper_server.choose_device = Wordy, choose
 whisper_server.locate_model = lambda model: whisper_server.Path("/")
 """
 
@@ -4745,7 +4757,8 @@ def test_deaths_on_the_gpu_lead_to_the_cpu(tmp_path: Path) -> None:
     with serving(tmp_path, patch=WORDY + "BADLY = True", VAD="0") as served:
         assert served.post(sound=SHORT).status_code == 500
         assert words(served) == 1
-        assert served.health()["models"]["base"]["device"] == "cpu"
+        state = served.health()["models"]["base"]
+        assert (state["device"], state["why"]) == ("cpu", "2 deaths on the GPU")
         assert served.log().count("the worker died (") == 2
         assert "using the CPU from now on" in served.log()
 
@@ -4843,6 +4856,8 @@ def test_kubernetes_probes_find_a_server(server: Served) -> None:
         probe = CONTAINER[kind]["httpGet"]
         assert probe["port"] == CONTAINER["ports"][0]["name"]
         assert server.http.get(probe["path"]).status_code == 200
+    scaled = KUBERNETES["HorizontalPodAutoscaler"]["spec"]["metrics"][0]["pods"]["metric"]["name"]
+    assert f"# TYPE {scaled} gauge" in server.http.get("/metrics").text
 
 
 def test_kubernetes_startup_waits_for_the_model(server: Served, tmp_path: Path) -> None:
@@ -5017,6 +5032,689 @@ def test_death_of_the_server_leaves_no_worker(tmp_path: Path) -> None:
         assert served.child() in begun
         served.process.kill()
         in_time(lambda: all(gone(pid) for pid in begun))
+
+
+# -- devices and the doctor ------------------------------------------------------------------------
+
+XTX_IDS = "744C,\tC7,\tAMD Radeon RX 7900 XT\n744C,\tC8,\tAMD Radeon RX 7900 XTX\n"
+OFFICIAL = "gfx1030 gfx1100 gfx1101 gfx1102 gfx1150 gfx1151 gfx1200 gfx1201"  # CTranslate2's ROCm wheels
+
+
+class Machine:
+    """A made-up machine: files below a directory, and what CTranslate2 is installed on it."""
+
+    def __init__(self, root: Path, cpu: str = "AMD Ryzen 7 7840HS w/ Radeon  780M Graphics") -> None:
+        self.root = root
+        self.file("proc/cpuinfo", f"processor\t: 0\nmodel name\t: {cpu}\n\nprocessor\t: 1\n")
+        self.file("sys/class/kfd/kfd/topology/nodes/0/properties", "cpu_cores_count 16\nsimd_count 0\n")
+        shutil.rmtree(root / "sys")  # no driver yet
+
+    def file(self, path: str, text: str | bytes = "") -> Path:
+        place = self.root / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return place
+
+    def amd(self, node: int, version: int, simds: int, device: int, revision: str = "0xc1") -> Machine:
+        """A GPU as the kernel shows it, and its device nodes."""
+        nodes, minor = "sys/class/kfd/kfd/topology/nodes", 127 + node
+        self.file(f"{nodes}/0/properties", "cpu_cores_count 16\nsimd_count 0\ngfx_target_version 0\n")
+        self.file(
+            f"{nodes}/{node}/properties",
+            f"cpu_cores_count 0\nsimd_count {simds}\ngfx_target_version {version}\nvendor_id 4098\n"
+            f"device_id {device}\ndrm_render_minor {minor}\nunique_id 14930350012983771136\n",
+        )
+        self.file(f"sys/class/drm/renderD{minor}/device/revision", revision + "\n")
+        self.file("sys/module/amdgpu/parameters/cwsr_enable", "1\n")
+        for path in ("dev/kfd", f"dev/dri/renderD{minor}"):
+            self.file(path)
+        return self
+
+    def radeon_780m(self) -> Machine:
+        return self.amd(1, 110003, 24, 0x15BF)
+
+    def rocm(self, ours: str = OFFICIAL, rocblas: str = OFFICIAL) -> Machine:
+        """AMD's build of CTranslate2 and rocBLAS, with code for these targets."""
+        code = b"".join(b"hipv4-amdgcn-amd-amdhsa--" + name.encode() + b"\0ELF" for name in ours.split())
+        self.file("site/ctranslate2.libs/libctranslate2-1.so.4", b"\x7fELF libamdhip64.so.7\0" + code)
+        for name in rocblas.split():
+            self.file(f"opt/rocm-7.2.1/lib/rocblas/library/TensileLibrary_lazy_{name}.dat")
+        return self
+
+    def pypi(self) -> Machine:
+        self.file("site/ctranslate2.libs/libctranslate2-1.so.4", b"\x7fELF libcublas.so.12\0")
+        return self
+
+    def nvidia(self) -> Machine:
+        self.file("proc/driver/nvidia/gpus/0000:01:00.0/information", "Model: \t\t NVIDIA L4\nIRQ:\t 16\n")
+        self.file("dev/nvidiactl")
+        return self
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A machine with a 780M's processor, on which this process believes to run."""
+    monkeypatch.setattr(whisper_server, "ROOT", tmp_path)
+    monkeypatch.setattr(whisper_server, "site_packages", lambda: tmp_path / "site")
+    for name in ("HSA_OVERRIDE_GFX_VERSION", "HSA_ENABLE_SDMA", "CT2_CUDA_ALLOCATOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    return Machine(tmp_path)
+
+
+def looked(asked_for: bool = False) -> tuple[whisper_server.Gpu | None, str]:
+    """The GPU that is found, and all that is said on the way to it."""
+    gpu, steps = find_gpu(asked_for)
+    assert (gpu is None) == any(step.state == "note" for step in steps) or asked_for
+    return gpu, "\n".join(f"{step.text} | {step.cure}" for step in steps)
+
+
+APU = {"CT2_CUDA_ALLOCATOR": "cub_caching", "HSA_ENABLE_SDMA": "0"}
+
+
+def test_780m_runs_as_gfx1102_then_as_gfx1100(machine: Machine) -> None:
+    gpu, said = looked() if machine.radeon_780m().rocm() else (None, "")
+    assert gpu and (gpu.name, gpu.gfx) == ("Radeon 780M", "gfx1103")
+    versions = ("11.0.2", "11.0.0")
+    assert gpu.environments == tuple(APU | {"HSA_OVERRIDE_GFX_VERSION": one} for one in versions)
+    assert "gfx1103, 24 SIMDs, shares the machine's memory" in said
+    assert "amdgpu.cwsr_enable=1" in said and "boot with amdgpu.cwsr_enable=0" in said
+    machine.file("sys/module/amdgpu/parameters/cwsr_enable", "0\n")
+    assert "boot with" not in looked()[1]
+
+
+@pytest.mark.parametrize(
+    ("ours", "rocblas", "versions"),
+    [
+        (OFFICIAL + " gfx1103", OFFICIAL + " gfx1103", [None]),  # it has its own
+        (OFFICIAL + " gfx1103", OFFICIAL, ["11.0.2", "11.0.0"]),  # rocBLAS has not
+        (OFFICIAL, OFFICIAL + " gfx1103", ["11.0.2", "11.0.0"]),
+        ("gfx1100 gfx1102", "gfx1100", ["11.0.0"]),
+        ("gfx1102", "gfx1100", []),
+        ("gfx906", "gfx906 gfx1100 gfx1102", []),
+        ("", "gfx1102", ["11.0.2"]),  # compressed code objects do not show
+        ("", "", [None]),  # nothing is known: the self-test will tell
+    ],
+)
+def test_override_only_if_needed_and_installed(
+    machine: Machine, ours: str, rocblas: str, versions: list[str | None]
+) -> None:
+    gpu, said = looked() if machine.radeon_780m().rocm(ours, rocblas) else (None, "")
+    found = [one.get("HSA_OVERRIDE_GFX_VERSION") for one in gpu.environments] if gpu else []
+    assert found == versions
+    assert ("HIP_ARCHITECTURES" in said) == (not versions)
+
+
+def test_what_the_user_has_set_stays(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.radeon_780m().rocm()
+    monkeypatch.setenv("HSA_OVERRIDE_GFX_VERSION", "11.0.1")
+    gpu, said = looked()
+    assert gpu and gpu.environments == (APU,) and "11.0.1, as the environment says" in said
+    monkeypatch.setenv("HSA_OVERRIDE_GFX_VERSION", "")  # as compose passes on what .env leaves empty
+    monkeypatch.setenv("HSA_ENABLE_SDMA", "1")
+    monkeypatch.setenv("CT2_CUDA_ALLOCATOR", "cuda_malloc_async")
+    gpu, _ = looked()
+    assert gpu and gpu.environments == tuple({"HSA_OVERRIDE_GFX_VERSION": v} for v in ("11.0.2", "11.0.0"))
+
+
+def test_7900_xtx_needs_no_override(machine: Machine) -> None:
+    machine.amd(1, 110000, 192, 0x744C, "0xc8").rocm().file("usr/share/libdrm/amdgpu.ids", XTX_IDS)
+    gpu, said = looked()
+    assert gpu and (gpu.name, gpu.gfx) == ("AMD Radeon RX 7900 XTX", "gfx1100")
+    assert gpu.environments == ({"CT2_CUDA_ALLOCATOR": "cub_caching"},)
+    assert "memory" not in said and "cwsr" not in said
+
+
+def test_the_stronger_of_two_is_used_and_the_other_is_hidden(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.radeon_780m().amd(2, 110000, 192, 0x744C, "0xc8").rocm()
+    gpu, _ = looked()
+    assert gpu and (gpu.gfx, gpu.environments[0]["ROCR_VISIBLE_DEVICES"]) == ("gfx1100", "1")
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "0")
+    gpu, _ = looked()
+    assert gpu and gpu.gfx == "gfx1103" and "ROCR_VISIBLE_DEVICES" not in gpu.environments[0]
+
+
+@pytest.mark.parametrize(
+    ("version", "gfx"), [(90010, "gfx90a"), (90402, "gfx942"), (100306, "gfx1036"), (120001, "gfx1201")]
+)
+def test_gfx_targets_are_spelt_as_llvm_spells_them(machine: Machine, version: int, gfx: str) -> None:
+    machine.amd(1, version, 8, 0x1234).rocm(gfx, gfx)
+    gpu, _ = looked()
+    assert gpu and gpu.gfx == gfx
+
+
+def test_ctranslate2_of_pypi_has_no_rocm(machine: Machine) -> None:
+    gpu, said = looked() if machine.radeon_780m().pypi() else (None, "")
+    assert gpu is None and "has no ROCm" in said and "whisper-rocm" in said
+
+
+def test_wsl2_is_the_cpu_unless_asked(machine: Machine) -> None:
+    machine.rocm().file("dev/dxg")
+    gpu, said = looked()
+    assert gpu is None and "does not officially support the Radeon 780M" in said
+    assert looked(asked_for=True)[0] is None  # without librocdxg it cannot be
+    machine.file("opt/rocm/lib/librocdxg.so")
+    assert looked()[0] is None
+    gpu, _ = looked(asked_for=True)
+    assert gpu and gpu.gfx == "gfx1103"
+    assert [one["HSA_OVERRIDE_GFX_VERSION"] for one in gpu.environments] == ["11.0.2", "11.0.0"]
+    assert {one["HSA_ENABLE_DXG_DETECTION"] for one in gpu.environments} == {"1"}
+
+
+def test_nvidia(machine: Machine) -> None:
+    machine.nvidia().pypi()
+    assert looked()[0] == whisper_server.Gpu("NVIDIA L4")
+    machine.radeon_780m()  # beside it; this CTranslate2 can only use NVIDIA's
+    assert looked()[0] == whisper_server.Gpu("NVIDIA L4")
+    machine.rocm()  # and this one only AMD's
+    gpu, _ = looked()
+    assert gpu and gpu.name == "Radeon 780M"
+
+
+def test_nvidia_under_wsl2(machine: Machine) -> None:
+    machine.pypi().file("dev/dxg")
+    machine.file("usr/lib/wsl/lib/libcuda.so.1")
+    gpu, _ = looked()
+    assert gpu and "NVIDIA" in gpu.name
+
+
+def test_no_gpu(machine: Machine) -> None:
+    gpu, said = looked()
+    assert gpu is None and "there is neither AMD's /dev/kfd nor NVIDIA's driver" in said
+    machine.file("sys/class/drm/card0/device/vendor", "0x1002\n")
+    assert "a GPU of AMD, but no /dev/kfd" in looked()[1]
+    machine.file("dev/kfd")
+    assert "no GPU below /sys/class/kfd" in looked()[1]
+
+
+def test_devices_that_a_container_was_not_given(machine: Machine) -> None:
+    machine.radeon_780m().rocm()  # a container sees the host's /sys, but only the devices it was given
+    (machine.root / "dev/dri/renderD128").unlink()
+    gpu, said = looked()
+    assert gpu is None and "/dev/dri/renderD128 cannot be opened: No such file" in said and "--device" in said
+    (machine.root / "dev/kfd").unlink()
+    assert "/dev/kfd cannot be opened: No such file" in looked()[1]
+
+
+def test_devices_without_permission(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as root, contextlib.ExitStack() as restored:
+        monkeypatch.setattr(whisper_server, "ROOT", Path(root))
+        monkeypatch.setattr(whisper_server, "site_packages", lambda: Path(root, "site"))
+        Machine(Path(root)).radeon_780m().rocm()
+        Path(root).chmod(0o755)
+        Path(root, "dev/kfd").chmod(0o600)
+        if os.geteuid() == 0:  # root may open anything
+            restored.callback(os.seteuid, 0)
+            os.seteuid(65534)
+        else:
+            Path(root, "dev/kfd").chmod(0)
+        gpu, said = looked()
+    assert gpu is None and "/dev/kfd cannot be opened: Permission denied" in said
+    assert "usermod -aG render,video" in said
+
+
+# What the first run heard, from a CPU: 200 frames, and two sentences whose last token is a tie
+FRAMES = np.random.default_rng(7).standard_normal((200, 32)).astype(np.float32)
+SAID = [[(1, 3.0), (2, 2.0), (3, 0.2)], [(7, 1.5), (8, 0.9), (9, 4.0)]]
+
+
+def heard_as(frames: Any, *tokens: list[int]) -> tuple[Any, Any]:
+    given = tokens or ([1, 2, 3], [7, 8, 9])
+    return frames, [[(token, 1.0) for token in one] for one in given]
+
+
+def test_results_within_the_rounding_of_int8_are_right() -> None:
+    near = FRAMES * 1.2 + 0.1
+    assert difference((FRAMES, SAID), [heard_as(near)] * 2) == ""
+    tied = heard_as(near, [1, 2, 4], [7, 5, 6])  # where the CPU itself is not sure; then another sentence
+    assert difference((FRAMES, SAID), [tied] * 2) == ""
+
+
+@pytest.mark.parametrize(
+    ("runs", "named"),
+    [
+        ([heard_as(FRAMES * np.nan)] * 2, "encoder is off by nan"),
+        ([heard_as(FRAMES[::-1])] * 2, "encoder is off by"),
+        ([heard_as(FRAMES), heard_as(np.where(np.arange(200)[:, None] < 4, 0, FRAMES))], "encoder is off by"),
+        ([heard_as(FRAMES), heard_as(FRAMES, [1, 2, 4], [7, 8, 9])], "the same sound twice"),
+        ([heard_as(FRAMES, [1, 5, 3], [7, 8, 9])] * 2, "token 5 where the CPU has 2"),
+        ([heard_as(FRAMES, [1, 2, 3], [5, 8, 9])] * 2, "token 5 where the CPU has 7"),
+    ],
+    ids=["nan", "other", "a few frames of one run", "unsteady", "token", "token of the second sentence"],
+)
+def test_wrong_results_are_named(runs: list[Any], named: str) -> None:
+    assert named in difference((FRAMES, SAID), runs)
+
+
+def test_verdict_is_kept_until_something_changes(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+    verdict = {"why": "", "compute_type": "int8_float16", "environment": {"HSA_ENABLE_SDMA": "0"}}
+
+    def tried(gpu: Any, directory: Path, types: Any, threads: int, patience: Any) -> dict[str, Any]:
+        asked.append(gpu.gfx)
+        return verdict
+
+    def chosen(**named: Any) -> tuple[bool, str]:
+        """Whether the GPU was tried anew, and the device."""
+        before = len(asked)
+        device = choose_device(Settings(**named), model, "", lambda seconds: None).device
+        return len(asked) > before, device
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(whisper_server, "try_gpu", tried)
+    machine.radeon_780m().rocm()
+    model = tmp_path / "model"
+    weights = machine.file("model/model.bin", "weights")
+    assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")]
+    machine.rocm(OFFICIAL + " gfx90a")  # another build of CTranslate2, perhaps of the same version
+    assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")]
+    weights.write_text("other weights")
+    assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")]
+    machine.file("opt/rocm/.info/version", "7.2.2\n")
+    assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")]
+    monkeypatch.setattr(whisper_server.platform, "release", lambda: "7.0.1")
+    assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")]
+    assert [chosen(compute_type="float16"), chosen(compute_type="float16")] == [(True, "gpu"), (False, "gpu")]
+    whisper_server.verdict_file(model).write_text('{"asked": 1')  # damaged
+    assert chosen() == (True, "gpu")
+    verdict = {"why": "it gives wrong results"}
+    weights.write_text("new")
+    assert [chosen(), chosen()] == [(True, "cpu"), (False, "cpu")]
+    later = time.time() + 2 * 86400
+    monkeypatch.setattr(whisper_server.time, "time", lambda: later)
+    assert chosen() == (True, "cpu")  # doubts do not last for ever
+    verdict = {"why": "it failed: RuntimeError: CUDA failed with error out of memory"}
+    weights.write_text("newer")
+    assert [chosen(), chosen()] == [(True, "cpu"), (True, "cpu")]  # and memory may be free again at once
+    verdict = {"why": "", "compute_type": "float16", "environment": {}}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(weights))  # where no file can be made
+    assert [chosen(), chosen()] == [(True, "gpu"), (True, "gpu")]
+
+
+def throw(seconds: float, function: Any, *arguments: Any) -> str:
+    """How a function fails in a throw-away process."""
+    with pytest.raises(whisper_server.Fault) as fault:
+        in_throwaway(seconds, {}, function, *arguments)
+    return str(fault.value)
+
+
+def test_throwaway_processes_may_fail_crash_and_hang() -> None:
+    assert in_throwaway(60, {"WHISPER_MADE_UP": "yes"}, os.getenv, "WHISPER_MADE_UP") == "yes"
+    assert os.getenv("WHISPER_MADE_UP") is None
+    assert "ValueError" in throw(60, int, "x")
+    assert "died (exit code -6)" in throw(60, os.abort)
+    started = time.monotonic()
+    assert throw(1, time.sleep, 1000) == "did not end within 1 s" and time.monotonic() - started < 60
+    in_time(lambda: not [one for one in psutil.Process().children() if "spawn_main" in str(one.cmdline())])
+
+
+def made_up(root: Path, code: str = "") -> str:
+    """A patch: a machine with a 780M and AMD's CTranslate2, whose GPU is the CPU once more.
+
+    `code` may make it hear wrongly: `runs` is 2 on the GPU.
+    """
+    Machine(root).radeon_780m().rocm()
+    cache = str(whisper_server.hub_cache("a/b").parent)
+    return f"""
+import os
+from pathlib import Path
+os.environ |= {{"XDG_CACHE_HOME": {str(root / "cache")!r}, "HF_HUB_CACHE": {cache!r}}}
+whisper_server.ROOT = Path({str(root)!r})
+whisper_server.site_packages = lambda: Path({str(root / "site")!r})
+whisper_server.GPU, whisper_server.GPU_TYPES = "cpu", ("int8", "float32")
+heard = whisper_server.hear
+
+def probe():
+    return ["float32", "int8"]
+
+def hear(directory, device, compute_type, threads, runs):
+    whisper_server.start_logging(whisper_server.Settings())
+    override = os.environ.get("HSA_OVERRIDE_GFX_VERSION")
+    whisper_server.log.info("hears %d times as %s, %s", runs, compute_type, override)
+    return heard(directory, device, compute_type, threads, runs)
+
+{textwrap.dedent(code)}
+whisper_server.probe, whisper_server.hear = probe, hear
+"""
+
+
+def on_a_machine(root: Path, code: str) -> str:
+    """The same with an engine that needs no model."""
+    (root / "model.bin").touch()
+    ours = "\nwhisper_server.choose_device = ours\nwhisper_server.locate_model = lambda model: Path({!r})\n"
+    real = "\nours = whisper_server.choose_device\n"
+    return real + WORDY + made_up(root, code) + ours.format(str(root))
+
+
+def test_gpu_that_hears_what_the_cpu_hears_is_used(server: Served, tmp_path: Path) -> None:
+    with serving(tmp_path, patch=made_up(tmp_path)) as served:
+        assert heard_right(served)
+        state = served.health()["models"]["base"]
+        override = APU | {"HSA_OVERRIDE_GFX_VERSION": "11.0.2"}
+        assert state.pop("load_seconds") > 0
+        assert state == {
+            "state": "ready",
+            "device": "gpu",
+            "name": "Radeon 780M",
+            "gfx": "gfx1103",
+            "compute_type": "int8",
+            "environment": override,
+        }
+        served.wait_for(
+            r"loaded on gpu as int8 in [\d.]+ s \(Radeon 780M gfx1103 .*OVERRIDE_GFX_VERSION=11.0.2"
+        )
+        assert re.findall(r"hears (\d) times as (\w+), (\S+)", served.log()) == [
+            ("1", "int8", "None"),
+            ("2", "int8", "11.0.2"),
+        ]
+        child = served.child()
+        assert child and b"HSA" not in Path(f"/proc/{child}/environ").read_bytes()
+    with serving(tmp_path, patch=made_up(tmp_path)) as served:  # the verdict is remembered
+        assert heard_right(served)
+        assert served.health()["models"]["base"]["device"] == "gpu" and "hears" not in served.log()
+
+
+# The second run on the GPU hears silence: real encodings, of another sound
+DEAF = """
+def hear(directory, device, compute_type, threads, runs, plain=hear):
+    if runs == 2 and WRONG(compute_type):
+        whisper_server.synthetic_sound = lambda: __import__("numpy").zeros(16000, "float32")
+    return plain(directory, device, compute_type, threads, runs)
+"""
+
+
+def test_gpu_that_hears_wrongly_is_not_used(server: Served, tmp_path: Path) -> None:
+    patch = made_up(tmp_path, DEAF + "WRONG = lambda compute_type: True")
+    with serving(tmp_path, patch=patch) as served:
+        assert heard_right(served)
+        state = served.health()["models"]["base"]
+        assert (state["device"], state["name"]) == ("cpu", "AMD Ryzen 7 7840HS w/ Radeon 780M Graphics")
+        assert re.search(r"as float32 gives wrong results: its encoder is off by \d", state["why"])
+        assert len(re.findall("ERROR.*self-test: the Radeon 780M as .* wrong results", served.log())) == 4
+        served.wait_for("ERROR +no GPU: the Radeon 780M as float32 gives wrong results")
+        served.wait_for("loaded on cpu as int8 .*wrong results")
+    with serving(tmp_path, patch=patch, DEVICE="gpu") as served:  # the same verdict, and no way out
+        answer = served.post()
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "no_gpu"
+        assert "WHISPER_DEVICE=gpu" in answer.text and "wrong results" in answer.text
+        assert served.health()["models"]["base"]["state"] == "unavailable"
+
+
+def test_gpu_that_is_wrong_in_int8_alone_is_used_with_16_bits(server: Served, tmp_path: Path) -> None:
+    """32 bits, as long as the GPU is a CPU."""
+    patch = made_up(tmp_path, DEAF + 'WRONG = lambda compute_type: compute_type == "int8"')
+    with serving(tmp_path, patch=patch) as served:
+        assert heard_right(served)
+        state = served.health()["models"]["base"]
+        assert (state["device"], state["compute_type"]) == ("gpu", "float32")
+
+
+PROBES = {
+    "hangs": ("time.sleep(1000)", "the probe of the Radeon 780M did not end within 1 s"),
+    "crashes": ("os.abort()", r"the probe of the Radeon 780M died \(exit code -6\)"),
+    "sees nothing": ("return []", "CTranslate2 sees no Radeon 780M"),
+    "lacks the types": ('return ["bfloat16"]', "has none of"),
+}
+
+
+@pytest.mark.parametrize("how", PROBES)
+def test_probe_that_fails_leads_to_the_cpu(tmp_path: Path, how: str) -> None:
+    body, why = PROBES[how]
+    code = f"def probe():\n    {body}\nwhisper_server.PROBE_SECONDS = 1\n"
+    with serving(tmp_path, patch=on_a_machine(tmp_path, code), VAD="0") as served:
+        assert words(served) == 1
+        state = served.health()["models"]["base"]
+        assert state["device"] == "cpu" and re.search(why, state["why"])
+        assert "no GPU: " in served.log()
+        in_time(lambda: len(psutil.Process(served.child()).children()) == 0)  # nor is a hanging one left
+
+
+def test_gpu_is_asked_for_and_there_is_none(tmp_path: Path) -> None:
+    code = "whisper_server.ROOT = Path('/nowhere')"
+    with serving(tmp_path, patch=on_a_machine(tmp_path, code), VAD="0", DEVICE="gpu") as served:
+        answer = served.post(sound=SHORT)
+        assert answer.status_code == 503 and "neither AMD's /dev/kfd nor NVIDIA's driver" in answer.text
+        assert served.health()["models"]["base"]["state"] == "unavailable"
+    with serving(tmp_path, patch=on_a_machine(tmp_path, code), VAD="0") as served:
+        assert words(served) == 1 and "neither" in served.health()["models"]["base"]["why"]
+
+
+def test_environment_of_the_gpu_stands_before_ctranslate2_is_imported(server: Served, tmp_path: Path) -> None:
+    """The search for speech imports it, too, and comes before the model."""
+    watch = """
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "ctranslate2" and "worker" in __import__("multiprocessing").current_process().name:
+            whisper_server.start_logging(whisper_server.Settings())
+            whisper_server.log.info("imported with %s", os.environ.get("HSA_OVERRIDE_GFX_VERSION"))
+sys.meta_path.insert(0, Watch())
+"""
+    with serving(tmp_path, patch=made_up(tmp_path, watch)) as served:
+        assert heard_right(served)
+        assert set(re.findall("imported with (.*)", served.log())) == {"11.0.2"}
+
+
+def test_server_that_dies_during_a_self_test_leaves_no_process(tmp_path: Path) -> None:
+    code = "def probe():\n    time.sleep(1000)\n"
+    with serving(tmp_path, patch=on_a_machine(tmp_path, code), VAD="0") as served, connect(served) as one:
+        one.sendall(post_of(form_of()))
+        child = psutil.Process(in_time(served.child))
+        (probing,) = in_time(child.children)
+        assert served.health()["models"]["base"]["state"] == "testing the GPU"
+        served.process.kill()
+        in_time(lambda: gone(probing.pid) and gone(child.pid))
+
+
+# The GPU has no room for more than so many windows at once, nor for more than so many beams
+FULL_GPU = """
+class Full:
+    def __init__(self, model):
+        self.model = model
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+    def generate(self, encodings, prompts, **options):
+        whisper_server.log.info("generates %d with %d beams", len(prompts), options["beam_size"])
+        if len(prompts) > WINDOWS or options["beam_size"] > BEAMS:
+            raise RuntimeError("CUDA failed with error out of memory")
+        return self.model.generate(encodings, prompts, **options)
+
+begin = whisper_server.Engine.__init__
+def begin_full(self, directory, settings, device, busy):
+    if device.device == "gpu" and NO_ROOM:
+        raise RuntimeError("CUDA failed with error out of memory")
+    begin(self, directory, settings, device, busy)
+    if device.device == "gpu":
+        self.owner.model = Full(self.owner.model)
+whisper_server.Engine.__init__ = begin_full
+whisper_server.try_gpu = lambda *_: {"why": "", "compute_type": "int8", "environment": {}}
+WINDOWS, BEAMS, NO_ROOM = 16, 20, False
+"""
+
+
+def long_recording() -> tuple[bytes, str]:
+    """Several windows of speech, and what is said in them."""
+    clip = samples_of(ENGLISH)
+    return wav_of(np.concatenate([*[clip, rest(3)] * 8])), " ".join([ENGLISH.said] * 8)
+
+
+def test_gpu_memory_ends_fewer_windows_then_one_beam_then_the_cpu(server: Served, tmp_path: Path) -> None:
+    sound, said = long_recording()
+    for limit, device in (("WINDOWS = 1", "gpu"), ("WINDOWS, BEAMS = 1, 1", "gpu"), ("WINDOWS = 0", "cpu")):
+        with serving(tmp_path, patch=made_up(tmp_path, FULL_GPU + limit)) as served:
+            answer = served.post(sound=sound, language="en")
+            assert answer.status_code == 200 and wrong(answer.json()["text"], said) <= 0.2
+            state = served.health()["models"]["base"]
+            assert state["device"] == device
+            tried = [(int(a), int(b)) for a, b in re.findall(r"generates (\d+) with (\d+)", served.log())]
+            fewer = re.findall(r"at most (\d+) windows", served.log())
+            assert fewer and fewer[-1] == "1" and max(tried)[0] > 1 and fewer == sorted(fewer)[::-1]
+            assert ("one beam for this window" in served.log()) == (limit != "WINDOWS = 1")
+            if device == "cpu":
+                assert tried[-2:] == [(1, 5), (1, 1)]
+                assert state["why"] == "the GPU ran out of memory"
+                assert "out of memory; using the CPU from now on" in served.log()
+
+
+def test_gpu_without_room_for_the_model_leads_to_the_cpu(server: Served, tmp_path: Path) -> None:
+    with serving(tmp_path, patch=made_up(tmp_path, FULL_GPU + "NO_ROOM = True")) as served:
+        assert heard_right(served)
+        state = served.health()["models"]["base"]
+        assert state["device"] == "cpu" and "out of memory" in state["why"]
+
+
+def test_gpu_that_was_asked_for_fails_loudly_without_memory(server: Served, tmp_path: Path) -> None:
+    with serving(tmp_path, patch=made_up(tmp_path, FULL_GPU + "WINDOWS = 0"), DEVICE="gpu") as served:
+        answer = served.post()
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "gpu_out_of_memory"
+        assert served.health()["models"]["base"]["device"] == "gpu" and served.child()
+
+
+def test_worker_that_cannot_even_be_killed_is_left_behind(tmp_path: Path) -> None:
+    """As one in the hands of a GPU's driver; here, because the server's kill does nothing."""
+    held = """
+__import__("multiprocessing.process").process.BaseProcess.kill = lambda self: None
+whisper_server.KILL_SECONDS = 1
+"""
+    with serving(tmp_path, patch=IMPATIENT + held, VAD="0") as served:
+        assert words(served) == 1
+        first = served.child() or 0
+        os.kill(first, signal.SIGSTOP)
+        try:
+            assert words(served) == 1 and not gone(first)
+            assert served.health()["models"]["base"]["state"] == "ready"
+            assert (
+                "hangs; ending it" in served.log() and len(descended(served)) == 3
+            )  # and a resource tracker
+        finally:
+            os.kill(first, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32"])
+def test_windows_encoded_in_16_bits_are_joined(server: Served, kind: str) -> None:
+    directory = locate_model("base")
+    model = ctranslate2.models.Whisper(str(directory), compute_type="int8")
+    owner = whisper_server.Owner(model, 2, lambda seconds: None)
+    sound = samples_of(ENGLISH)
+    mels = FeatureExtractor(feature_size=model.n_mels)(sound)[None, :, :1000]
+    encoding = model.encode(ctranslate2.StorageView.from_array(np.ascontiguousarray(mels)))
+    encoding = encoding.to(getattr(ctranslate2.DataType, kind))
+    work = whisper_server.Work(1, Options(), io.BytesIO())
+    call = [
+        whisper_server.Call(work, "generate", 0, (encoding, [[50258, 50259, 50359, 50363]]), {"beam_size": 1})
+    ]
+    (one,), (two,) = owner.generate(call * 2)
+    heard = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")).decode(one.sequences_ids[0])
+    assert one.sequences_ids == two.sequences_ids and wrong(heard, ENGLISH.said) <= 0.2
+
+
+def checked(program: Path, *flags: str, **settings: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of --check, after which no process is left."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WHISPER_")}
+    environment |= {"WHISPER_MODEL": "base", "WHISPER_PORT": "0", "CHECKED": str(program)}
+    environment |= {"WHISPER_" + name: value for name, value in settings.items()}
+    command = [sys.executable, str(program), "--check", *flags]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    mark = f"CHECKED={program}".encode()
+    in_time(lambda: not [one for one in Path("/proc").glob("[0-9]*/environ") if mark in readable(one)])
+    return ended.returncode, ended.stdout, ended.stderr
+
+
+def readable(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def states(output: str) -> dict[str, str]:
+    return {step["step"]: step["state"] for step in json.loads(output)["steps"]}
+
+
+def program_with(directory: Path, patch: str) -> Path:
+    program = directory / "patched.py"
+    program.write_text(PATCHED.format(here=str(HERE), patch=patch))
+    return program
+
+
+def test_check_of_a_machine_that_can_serve(server: Served) -> None:
+    code, output, errors = checked(HERE / "whisper_server.py", DEVICE="cpu")
+    assert code == 0 and output.endswith("It can serve.\n"), output + errors
+    assert re.search(r"^ok +Python +3\.", output, re.M)
+    assert re.search(r"^ok +packages +.*ctranslate2 \d.*multipart 2", output, re.M)
+    assert re.search(r"^ok +model +base in /", output, re.M)
+    assert re.search(r"^ok +device +cpu \(.+\) as int8$", output, re.M)
+    assert re.search(r"^ok +transcript +base: loaded in .* 2 s of a tone heard in", output, re.M)
+
+
+def test_check_for_a_program(tmp_path: Path) -> None:
+    tried = """
+def try_gpu(gpu, *rest):
+    whisper_server.log.info("tried")
+    return {"why": "", "compute_type": "int8", "environment": gpu.environments[0]}
+whisper_server.try_gpu = try_gpu
+"""
+    for _ in range(2):  # a verdict that was kept does not count here
+        code, output, errors = checked(program_with(tmp_path, on_a_machine(tmp_path, tried)), "--json")
+        told = json.loads(output)
+        assert code == 0 and told["ok"] is True and told["version"] == whisper_server.__version__
+        steps = {step["step"]: step for step in told["steps"]}
+        names = "Python packages GPU permission kernel ROCm disk port model device transcript"
+        assert list(steps) == names.split()
+        assert {step["state"] for step in told["steps"]} == {"ok"}
+        assert "Radeon 780M, gfx1103" in steps["GPU"]["text"] and "cwsr_enable=0" in steps["kernel"]["cure"]
+        assert "tried" in errors
+
+
+TROUBLES: dict[str, tuple[dict[str, str], str, str, str]] = {
+    "no GPU though asked for": ({"DEVICE": "gpu"}, "ROOT /= 'nowhere'", "GPU", "neither AMD's"),
+    "the transcription fails": ({}, "Engine = None", "transcript", "NoneType"),
+    "no such model": ({"MODEL": "giant"}, "", "model", "must be a directory, owner/name or one of"),
+    "offline without model": ({"MODEL": "tiny", "OFFLINE": "1"}, "", "model", "WHISPER_OFFLINE=1"),
+    "packages are missing": ({}, "PACKAGES = ['not-there']", "packages", "not-there"),
+    "no room": ({"MAX_UPLOAD_MB": "1000000"}, "ROOM_MB = 10**12", "disk", "MB free"),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_check_names_what_prevents_serving(tmp_path: Path, trouble: str) -> None:
+    settings, fault, step, text = TROUBLES[trouble]
+    patch = WORDY
+    if "MODEL" in settings:
+        patch = patch[: patch.index("whisper_server.locate_model")]
+    patch += f"\nwhisper_server.{fault}\n" if fault else ""
+    code, output, errors = checked(program_with(tmp_path, patch), "--json", **settings)
+    assert code == 1 and not json.loads(output)["ok"], output + errors
+    found = {one["step"]: one for one in json.loads(output)["steps"] if one["state"] == "bad"}
+    assert text in found[step]["text"] and found[step]["cure"]
+
+
+def test_check_of_the_port(server: Served, tmp_path: Path) -> None:
+    program = program_with(tmp_path, WORDY)
+    code, output, _ = checked(program, "--json", PORT=str(server.port))
+    assert code == 0 and "is in use by this server" in output
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        code, output, _ = checked(program, PORT=str(port))
+    assert code == 1 and re.search(rf"^BAD +port +127.0.0.1:{port}: Address already in use", output, re.M)
+    assert "It cannot serve: port." in output
+
+
+def test_check_has_an_end(tmp_path: Path) -> None:
+    patch = IMPATIENT + "SECONDS = 1000\nwhisper_server.CHECK_SECONDS = 5\n"
+    started = time.monotonic()
+    code, output, _ = checked(program_with(tmp_path, patch), "--json")
+    assert code == 1 and states(output)["transcript"] == "bad" and time.monotonic() - started < 60
+
+
+def test_json_goes_with_check() -> None:
+    command = [sys.executable, str(HERE / "whisper_server.py"), "--json"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert ended.returncode == 2 and "--check" in ended.stderr
 
 
 # -- what runs out ---------------------------------------------------------------------------------

