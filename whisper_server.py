@@ -760,6 +760,13 @@ WINDOW_SECONDS = 14.0  # longer windows decode slower and no better; Whisper tak
 MAX_GAP_SECONDS = 2.0  # a longer pause is not worth encoding
 PAD_SECONDS = 1.0  # kept around speech: the first and last sounds of a word are quiet
 VAD_BLOCK_SECONDS = 120  # looked at together; memory is flat however long the file is
+HEAD_START_SECONDS = 30  # decoded without waiting for a turn, so that a clip never waits for a long file
+
+
+def undecodable_in_time() -> Refusal:
+    """FFmpeg did not come back: it takes quadratic time for tags, say, and nothing limits their number."""
+    message = f"The file could not be decoded: it was not understood within {STEP_SECONDS} s."
+    return Refusal(400, message, param="file")
 
 
 class Nameless:
@@ -923,8 +930,8 @@ def find_speech(samples: Samples, vad: bool) -> list[tuple[int, int]]:
     return [(run["start"], run["end"]) for run in get_speech_timestamps(samples, options)]
 
 
-def cut_windows(blocks: Iterable[Samples], vad: bool) -> Iterator[Window]:
-    """Windows of speech from blocks of sound, in order, while the rest of the file is still decoded.
+def cut_windows(blocks: Iterable[Samples], vad: bool) -> Iterator[list[Window]]:
+    """Windows of speech from blocks of sound, in order, piece by piece; a piece of silence has none.
 
     The last window of a block is held back until its end is known to be one; so the pieces that
     the VAD sees begin in silence.
@@ -943,11 +950,14 @@ def cut_windows(blocks: Iterable[Samples], vad: bool) -> Iterator[Window]:
             unfinished = bool(planned) and len(sound) - speech[-1][1] <= gap
             end = planned[-1][1] if planned else 0
             held = planned.pop()[0] if unfinished else max(len(sound) - pad, end)
+        windows = []
         for start, end in planned:
             inside = [(max(s, start), min(e, end)) for s, e in speech if s < end and e > start]
             runs = [((s - start) / second, (e - start) / second) for s, e in inside]
-            yield Window(origin + start, sound[start:end].copy(), runs)
+            windows.append(Window(origin + start, sound[start:end].copy(), runs))
         kept, origin = sound[held:].copy(), origin + held
+        del piece, sound  # while the windows are in work
+        yield windows
 
 
 def join_blocks(blocks: Iterable[Samples], size: int) -> Iterator[tuple[Samples, bool]]:
@@ -1176,10 +1186,11 @@ def fetch_from_index(repository: str, revision: str | None, progress: Callable[[
 #                     ("progress", id, seconds, of) sound done, sound in the file as far as known
 #                     ("done", id, language, duration, {"decode": seconds, "inference": seconds})
 #                     ("failed", id, Refusal)
-#                     ("busy", seconds)             one step that may take so long begins
+#                     ("busy", step, seconds)       a step that may take so long begins; 0: it has ended.
+#                                                   Step 0 is the model's, n the decoding of job n
 # ------------------------------------------------------------------------------------------------
 
-STEP_SECONDS = 120  # a step of the model that has no length of its own: a decode, a word alignment
+STEP_SECONDS = 120  # a step that has no length of its own: a decode, a word alignment, the head of a file
 LOAD_SECONDS = 900  # large-v3 from a slow disk takes minutes
 FETCH_AGAIN_SECONDS = 30  # after a failed fetch; a network that is down now may be up then
 
@@ -1283,7 +1294,10 @@ class Owner:
             started = time.monotonic()
             self.busy(STEP_SECONDS * (1 + len(calls)))
             try:
-                answers = getattr(self, calls[0].kind)(calls)
+                try:
+                    answers = getattr(self, calls[0].kind)(calls)
+                finally:
+                    self.busy(0)
             except Exception as error:  # the model's own; it belongs to whoever asked
                 for call in calls:
                     call.answer.set_exception(error)
@@ -1610,6 +1624,7 @@ class Child:
         self.works: dict[int, Work] = {}
         self.engine: Future[Engine] | None = None
         self.starting = threading.Lock()
+        self.turns = Turns()
         self.windows = ThreadPoolExecutor(max_workers=96, thread_name_prefix="window")
 
     def send(self, *message: Any) -> None:
@@ -1638,9 +1653,9 @@ class Child:
             except (EOFError, OSError):
                 os._exit(0)  # no clean-up: threads may be deep in native code
 
-    def busy(self, seconds: float) -> None:
-        """Tell the parent for how long to be patient."""
-        self.send("busy", seconds)
+    def busy(self, seconds: float, step: int = 0) -> None:
+        """Tell the parent how long to be patient with a step that begins; 0: it has ended."""
+        self.send("busy", step, seconds)
 
     def fetch(self) -> Path:
         """Bring the model's files, telling how far it is."""
@@ -1649,7 +1664,6 @@ class Child:
         def progress(done: int, total: int) -> None:
             if abs(done - shown[0]) >= total / 200 or done >= total:  # by bytes, so that a stall shows truly
                 shown[0] = done
-                self.busy(math.inf)
                 self.send("state", {"state": "fetching", "bytes_done": done, "bytes_total": total})
 
         with self.starting:
@@ -1658,9 +1672,11 @@ class Child:
                 log.info("model %s: fetching its files", self.model)
                 self.busy(math.inf)  # the network has its own time limits
                 self.send("state", {"state": "fetching", "bytes_done": 0, "bytes_total": 0})
-                found = fetch_model(self.model, self.settings.offline, progress)
+                try:
+                    found = fetch_model(self.model, self.settings.offline, progress)
+                finally:
+                    self.busy(0)
                 log.info("model %s: files are in %s", self.model, found)
-        self.busy(STEP_SECONDS)
         self.send("state", {"state": "not loaded"})
         return found
 
@@ -1679,8 +1695,10 @@ class Child:
             self.send("state", {"state": "loading"})
             log.info("model %s: loading from %s", self.model, directory)
             started = time.monotonic()
-            loaded = Engine(directory, self.settings, self.gpu, self.busy)
-            self.busy(STEP_SECONDS)
+            try:
+                loaded = Engine(directory, self.settings, self.gpu, self.busy)
+            finally:
+                self.busy(0)
             seconds = round(time.monotonic() - started, 2)
             told = {"device": loaded.device, "compute_type": loaded.compute_type}
             log.info("model %s: loaded on %s as %s in %s s", self.model, *told.values(), seconds)
@@ -1724,7 +1742,7 @@ class Child:
             work.language.set_result(work.options.language)
         engine: Engine | None = None
         ahead: collections.deque[Future[list[Segment]]] = collections.deque()
-        heard = Heard(decode(work.file, self.settings.max_audio_seconds), self.busy)
+        heard = Heard(decode(work.file, self.settings.max_audio_seconds), work, self.turns, self.busy)
         numbers = itertools.count()
 
         def deliver(windows: int) -> None:
@@ -1737,7 +1755,7 @@ class Child:
                     self.send("segments", work.id, segments)
 
         try:
-            for window in heard.timed(cut_windows(heard, self.settings.vad), work):
+            for window in heard.timed(cut_windows(heard, self.settings.vad)):
                 if work.cancelled.is_set():
                     raise Cancelled
                 if engine is None:
@@ -1761,11 +1779,40 @@ class Child:
         self.send("done", work.id, spoken, heard.seconds, took)
 
 
-class Heard:
-    """Counts the sound that passes, and the time that decoding and finding speech take."""
+class Turns:
+    """Lets two files be decoded at a time; of those that wait, the one that had least comes first.
 
-    def __init__(self, blocks: Iterator[Samples], tell: Callable[[float], None]) -> None:
-        self.blocks, self.tell, self.samples = blocks, tell, 0
+    Twenty at once would take twice the processor time, since they share an interpreter, and 45 MB each.
+    """
+
+    def __init__(self) -> None:
+        self.free, self.waiting, self.changed = 2, set[Work](), threading.Condition()
+
+    def take(self, work: Work) -> None:
+        """Wait for a turn."""
+        with self.changed:
+            self.waiting.add(work)
+            self.changed.wait_for(lambda: self.free and work is min(self.waiting, key=lambda w: w.decoding))
+            self.waiting.remove(work)
+            self.free -= 1
+            self.changed.notify_all()
+
+    def give(self) -> None:
+        """Let another file have the turn."""
+        with self.changed:
+            self.free += 1
+            self.changed.notify_all()
+
+
+class Heard:
+    """The sound of a file, counted as it passes; its decoding in steps that the parent may time."""
+
+    def __init__(
+        self, blocks: Iterator[Samples], work: Work, turns: Turns, tell: Callable[[float, int], None]
+    ) -> None:
+        self.blocks, self.work, self.turns, self.tell = blocks, work, turns, tell
+        self.samples = 0
+        self.turn = False  # whether it has one
 
     @property
     def seconds(self) -> float:
@@ -1773,23 +1820,40 @@ class Heard:
         return self.samples / RATE
 
     def __iter__(self) -> Iterator[Samples]:
-        told = 0
         for block in self.blocks:
+            if self.seconds >= HEAD_START_SECONDS and not self.turn:
+                self.end_step()
+                self.turns.take(self.work)
+                self.turn = True
+                self.begin_step()
             self.samples += len(block)
-            if self.samples - told > 600 * RATE:  # ten minutes of silence are news, too
-                told = self.samples
-                self.tell(STEP_SECONDS)
             yield block
 
-    def timed(self, windows: Iterator[Window], work: Work) -> Iterator[Window]:
-        """The same windows; what it took to make them is added to `work.decoding`."""
-        while True:
-            started = time.monotonic()
-            window = next(windows, None)
-            work.decoding += time.monotonic() - started
-            if window is None:
-                return
-            yield window
+    def begin_step(self) -> None:
+        """FFmpeg or the VAD begins; nothing but the end of this process can break them off."""
+        self.tell(STEP_SECONDS, self.work.id)
+        self.begun = time.monotonic()
+
+    def end_step(self) -> None:
+        """They have done their piece, and another file may have the turn."""
+        self.work.decoding += time.monotonic() - self.begun
+        self.tell(0, self.work.id)
+        if self.turn:
+            self.turn = False
+            self.turns.give()
+
+    def timed(self, pieces: Iterator[list[Window]]) -> Iterator[Window]:
+        """The windows of each piece, the making of which is a step. Raises Cancelled between two."""
+        made: list[Window] | None = []
+        while made is not None:
+            yield from made
+            if self.work.cancelled.is_set():
+                raise Cancelled
+            self.begin_step()
+            try:
+                made = next(pieces, None)
+            finally:
+                self.end_step()
 
 
 def child_main(pipe: Any, settings: Settings, model: str, gpu: bool) -> None:
@@ -1843,7 +1907,11 @@ class Worker:
         self.jobs: dict[int, Job] = {}
         self.again: collections.deque[Job] = collections.deque()  # after a death: one at a time
         self.gpu, self.deaths = True, 0
-        self.patience = math.inf  # monotonic time until which the child may be silent
+        # What the child is at, and the monotonic time by which it must end. 0: the model's step, n: decoding
+        # job n, -n: job n is on its way to the child.
+        self.steps: dict[int, float] = {}
+        self.late: list[int] = []  # the steps for which the child was ended
+        self.heard = math.inf  # monotonic time of its last message
         self.idle_since = time.monotonic()
         self.state: dict[str, Any] = {"state": "not loaded"}
 
@@ -1875,8 +1943,12 @@ class Worker:
 
     def tick(self) -> None:
         """Called about twice a second: ends a child that is idle or hangs."""
-        process, idle = self.process, self.settings.idle_seconds
-        if process is not None and self.jobs and time.monotonic() > self.patience:
+        process, idle, now = self.process, self.settings.idle_seconds, time.monotonic()
+        steps = self.steps.copy()  # without the lock, see below
+        late = [step for step, end in steps.items() if now > end]
+        silent = self.jobs and not steps and now > self.heard + STEP_SECONDS
+        self.late = late
+        if process is not None and (late or silent):
             log.error("model %s: the worker hangs; ending it", self.model)
             process.kill()  # without the lock: who holds it may be sending to a child that reads no more
         elif self.lock.acquire(blocking=False):
@@ -1904,13 +1976,15 @@ class Worker:
     def _start(self) -> None:
         if self.process is not None:
             return
+        os.environ.setdefault("MALLOC_ARENA_MAX", "2")  # glibc keeps tens of MB for each thread otherwise
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         arguments = (theirs, self.settings, self.model, self.gpu)
         self.process = context.Process(target=child_main, args=arguments, name="whisper-worker", daemon=True)
         self.process.start()
         theirs.close()
-        self.patience, self.idle_since = time.monotonic() + STEP_SECONDS, time.monotonic()
+        self.heard = self.idle_since = time.monotonic()
+        self.steps, self.late = {}, []
         listen = threading.Thread(target=self._listen, args=(self.process, self.pipe), daemon=True)
         listen.start()
 
@@ -1921,7 +1995,7 @@ class Worker:
     def _send_job(self, job: Job) -> None:
         self._start()
         job.tries += 1
-        self.patience = max(self.patience, time.monotonic() + STEP_SECONDS)
+        self.steps[-job.id] = time.monotonic() + STEP_SECONDS
         with contextlib.suppress(OSError):
             self.pipe.send(("job", job.id, job.options))
             multiprocessing.reduction.send_handle(self.pipe, job.file.fileno(), self.process.pid)
@@ -1942,12 +2016,15 @@ class Worker:
                 self._died(process.exitcode)
 
     def _hear(self, kind: str, *rest: Any) -> None:
-        now = time.monotonic()
-        self.patience = max(self.patience, now + STEP_SECONDS)
+        self.heard = time.monotonic()
         if kind == "state":
             self.state = rest[0]
         elif kind == "busy":
-            self.patience = now + rest[0]
+            step, seconds = rest
+            self.steps.pop(-step, None)  # a job has arrived
+            self.steps.pop(step, None)
+            if seconds:
+                self.steps[step] = self.heard + seconds
         elif job := self.jobs.get(rest[0]):
             if kind == "progress":
                 job.progress = rest[1:]
@@ -1967,10 +2044,14 @@ class Worker:
                 self._send_job(self.again[0])
 
     def _died(self, code: int) -> None:
-        """A child ended by itself: do its jobs again, one at a time, so that one cannot end the others."""
+        """A child has ended: do its jobs again, one at a time, so that one cannot end the others.
+
+        A job whose decoding took too long is known to be the cause: it fails, and the others lose nothing.
+        """
         self.pipe.close()
         self.process = None
-        self.deaths += 1
+        causes = set(self.late) if min(self.late, default=0) > 0 else set()  # else all of the child hung
+        self.deaths += not causes
         log.error("model %s: the worker died (exit code %s) with %d jobs", self.model, code, len(self.jobs))
         on_gpu = self.state.get("device") == "cuda"
         self.state = {"state": "not loaded", "last_death": f"exit code {code}"}
@@ -1979,18 +2060,28 @@ class Worker:
             log.error("model %s: %d deaths on the GPU; using the CPU from now on", self.model, self.deaths)
         waiting = set(list(self.again)[1:])  # for their second try; the dead child never had them
         for job in [job for job in self.jobs.values() if job not in waiting]:
-            if job.tries >= TRIES or (job.begun and job.options.stream):
-                lost = Refusal(500, "The worker process died over this request.", type="server_error")
-                job.events.put(("failed", lost))
-                self.jobs.pop(job.id, None)
+            job.tries -= bool(causes)
+            if job.id in causes:
+                self._fail(job, undecodable_in_time())
+            elif job.tries >= TRIES or (job.begun and job.options.stream):
+                message = "The worker process died over this request."
+                self._fail(job, Refusal(500, message, type="server_error"))
             elif job.begun:
                 job.events.put(("again",))
         queued = set(self.again)
-        self.again.extend(job for job in self.jobs.values() if job not in queued)
+        others = [job for job in self.jobs.values() if job not in queued]
+        if not causes:
+            self.again.extend(others)
         while self.again and self.again[0].id not in self.jobs:
             self.again.popleft()
+        for job in others if causes else []:
+            self._send_job(job)
         if self.again:
             self._send_job(self.again[0])
+
+    def _fail(self, job: Job, refusal: Refusal) -> None:
+        job.events.put(("failed", refusal))
+        self.jobs.pop(job.id, None)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2716,6 +2807,7 @@ def still_fetching(worker: Worker) -> Refusal:
 
 MAX_CONNECTIONS = 256  # a thread each; idle ones are closed to make room
 GRACE_SECONDS = 30  # for requests in work after SIGTERM
+IS_INIT = os.getpid() == 1  # in a container, unless it has an init of its own
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -2832,6 +2924,16 @@ class Server(http.server.ThreadingHTTPServer):
         """Called twice a second by serve_forever."""
         for worker in list(self.workers.values()):
             worker.tick()
+        if IS_INIT:
+            self.reap()
+
+    def reap(self) -> None:
+        """Wait for what a dead worker had begun, pip perhaps: the first process of a container inherits it."""
+        ours = [worker.process and worker.process.pid for worker in list(self.workers.values())]
+        with contextlib.suppress(ChildProcessError):
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended and ended.si_pid not in ours:  # their listeners want the exit code
+                os.waitpid(ended.si_pid, 0)
 
     def drain(self) -> None:
         """Take no new requests, let those in work finish, then end serve_forever."""
