@@ -101,6 +101,7 @@ from whisper_server import (
     in_throwaway,
     language_code,
     locate_model,
+    on_cpu,
     plan_windows,
     read_form,
     render,
@@ -1138,7 +1139,7 @@ def test_windows_meet_across_blocks(runs: list[tuple[int, int]], step: int, afte
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(whisper_server, "find_speech", loud_runs)
         patch.setattr(whisper_server, "VAD_BLOCK_SECONDS", 20)
-        windows = list(cut_windows(blocks, True))
+        windows = [*itertools.chain.from_iterable(cut_windows(blocks, True))]
     for window in windows:
         assert np.array_equal(window.samples, sound[window.start : window.start + len(window.samples)])
         assert len(window.samples) <= 30 * RATE
@@ -1154,7 +1155,7 @@ def test_windows_meet_across_blocks(runs: list[tuple[int, int]], step: int, afte
 def test_without_vad_windows_hold_the_whole_file(length: float) -> None:
     sound = np.random.default_rng(0).random(int(length * RATE), np.float32)
     blocks = np.array_split(sound, max(1, int(length / 7)))
-    windows = list(cut_windows(blocks, False))
+    windows = [*itertools.chain.from_iterable(cut_windows(blocks, False))]
     assert np.array_equal(np.concatenate([window.samples for window in windows]), sound)
     assert max(len(window.samples) for window in windows) <= 30 * RATE
 
@@ -1222,7 +1223,7 @@ class Heard:
 def engine(server: Served) -> Engine:
     """The real model in this process, with two lanes."""
     settings = Settings.read({"WHISPER_MODEL": "base", "WHISPER_THREADS": "2", "WHISPER_BATCH_SIZE": "8"})
-    return Engine(base_files(), settings, False, lambda seconds: None)
+    return Engine(base_files(), settings, on_cpu(settings, ""), lambda seconds, step: None)
 
 
 def transcribed(engine: Engine, samples: Any, id: int = 1, **options: Any) -> list[Segment]:
@@ -1232,7 +1233,8 @@ def transcribed(engine: Engine, samples: Any, id: int = 1, **options: Any) -> li
         work.language.set_result(work.options.language)
     engine.owner.enter(work)
     try:
-        return [s for window in cut_windows([samples], True) for s in engine.transcribe(work, window)]
+        windows = itertools.chain.from_iterable(cut_windows([samples], True))
+        return [segment for window in windows for segment in engine.transcribe(work, window)]
     finally:
         engine.owner.leave(work)
 
@@ -1272,7 +1274,7 @@ def test_a_short_clip_takes_its_turn_beside_a_long_file(
     long = Work(1, Options(language="en"), io.BytesIO())
     long.language.set_result("en")
     sound = np.concatenate((samples_of(ENGLISH), samples_of(COUNTING)))  # too long to share the clip's batch
-    window = next(iter(cut_windows([sound], True)))
+    [window] = next(cut_windows([sound], True))
     engine.owner.enter(long)
     with ThreadPoolExecutor(30) as pool:
         waiting = [pool.submit(engine.transcribe, long, window) for _ in range(30)]
@@ -1307,7 +1309,7 @@ def new_work(owner: Owner, id: int) -> Work:
 
 
 def test_files_take_turns_by_what_they_have_had() -> None:
-    owner = Owner(None, 8, lambda seconds: None, lanes=0)
+    owner = Owner(None, 8, lambda seconds, step: None, lanes=0)
     long = new_work(owner, 1)
     assert turns(owner, [long], 3, "a") == [[1] * 8] * 3  # alone it has whole batches
     clip = new_work(owner, 2)
@@ -1319,14 +1321,14 @@ def test_files_take_turns_by_what_they_have_had() -> None:
 
 
 def test_files_that_fit_share_a_batch() -> None:
-    owner = Owner(None, 8, lambda seconds: None, lanes=0)
+    owner = Owner(None, 8, lambda seconds, step: None, lanes=0)
     works = [new_work(owner, id) for id in (1, 2, 3)]
     first = turns(owner, works, 1, "aab")[0]
     assert first.count(1) == first.count(2) == SHARED_WINDOWS and 3 not in first
 
 
 def test_clips_without_end_do_not_pass_a_file_for_ever() -> None:
-    owner = Owner(None, 8, lambda seconds: None, lanes=0)
+    owner = Owner(None, 8, lambda seconds, step: None, lanes=0)
     long = new_work(owner, 1)
     long.spent = 5.0  # it has had the model for itself
     for id in range(2, 60):
@@ -4117,7 +4119,7 @@ def test_request_without_a_good_id_goes_by_ours(tmp_path: Path) -> None:
 def test_length_that_a_file_does_not_declare_is_not_made_up(recordings: Callable[[str], bytes]) -> None:
     for name in CONTAINERS:
         work = whisper_server.Work(1, Options(), io.BytesIO(recordings(name)))
-        heard = whisper_server.Heard(work, 60, lambda seconds: None)
+        heard = whisper_server.Heard(work, 60, whisper_server.Turns(), lambda seconds, step: None)
         assert heard.known() == (0, False)
         told = [heard.known() for _ in heard]
         assert heard.known() == (heard.seconds, True)
@@ -5598,7 +5600,7 @@ whisper_server.KILL_SECONDS = 1
 def test_windows_encoded_in_16_bits_are_joined(server: Served, kind: str) -> None:
     directory = locate_model("base")
     model = ctranslate2.models.Whisper(str(directory), compute_type="int8")
-    owner = whisper_server.Owner(model, 2, lambda seconds: None)
+    owner = whisper_server.Owner(model, 2, lambda seconds, step: None)
     sound = samples_of(ENGLISH)
     mels = FeatureExtractor(feature_size=model.n_mels)(sound)[None, :, :1000]
     encoding = model.encode(ctranslate2.StorageView.from_array(np.ascontiguousarray(mels)))

@@ -802,6 +802,13 @@ WINDOW_SECONDS = 14.0  # longer windows decode slower and no better; Whisper tak
 MAX_GAP_SECONDS = 2.0  # a longer pause is not worth encoding
 PAD_SECONDS = 1.0  # kept around speech: the first and last sounds of a word are quiet
 VAD_BLOCK_SECONDS = 120  # looked at together; memory is flat however long the file is
+HEAD_START_SECONDS = 30  # decoded without waiting for a turn, so that a clip never waits for a long file
+
+
+def undecodable_in_time() -> Refusal:
+    """FFmpeg did not come back: it takes quadratic time for tags, say, and nothing limits their number."""
+    message = f"The file could not be decoded: it was not understood within {STEP_SECONDS} s."
+    return Refusal(400, message, param="file")
 
 
 class Nameless:
@@ -971,8 +978,8 @@ def find_speech(samples: Samples, vad: bool) -> list[tuple[int, int]]:
     return [(run["start"], run["end"]) for run in get_speech_timestamps(samples, options)]
 
 
-def cut_windows(blocks: Iterable[Samples], vad: bool) -> Iterator[Window]:
-    """Windows of speech from blocks of sound, in order, while the rest of the file is still decoded.
+def cut_windows(blocks: Iterable[Samples], vad: bool) -> Iterator[list[Window]]:
+    """Windows of speech from blocks of sound, in order, piece by piece; a piece of silence has none.
 
     The last window of a block is held back until its end is known to be one; so the pieces that
     the VAD sees begin in silence.
@@ -991,11 +998,14 @@ def cut_windows(blocks: Iterable[Samples], vad: bool) -> Iterator[Window]:
             unfinished = bool(planned) and len(sound) - speech[-1][1] <= gap
             end = planned[-1][1] if planned else 0
             held = planned.pop()[0] if unfinished else max(len(sound) - pad, end)
+        windows = []
         for start, end in planned:
             inside = [(max(s, start), min(e, end)) for s, e in speech if s < end and e > start]
             runs = [((s - start) / second, (e - start) / second) for s, e in inside]
-            yield Window(origin + start, sound[start:end].copy(), runs)
+            windows.append(Window(origin + start, sound[start:end].copy(), runs))
         kept, origin = sound[held:].copy(), origin + held
+        del piece, sound  # while the windows are in work
+        yield windows
 
 
 def join_blocks(blocks: Iterable[Samples], size: int) -> Iterator[tuple[Samples, bool]]:
@@ -1730,10 +1740,12 @@ def on_cpu(settings: Settings, why: str) -> Device:
 #                                                   file; windows in each generate since the last message
 #                     ("done", id, language, duration, {"decode": seconds, "inference": seconds})
 #                     ("failed", id, Refusal)
-#                     ("busy", seconds)             one step that may take so long begins
+#                     ("busy", step, seconds)       a step that may take so long begins; 0: it has ended.
+#                                                   Step n is the decoding of job n; others have names
 # ------------------------------------------------------------------------------------------------
 
-STEP_SECONDS = 120  # a step of the model that has no length of its own: a decode, a word alignment
+Step = int | str
+STEP_SECONDS = 120  # a step that has no length of its own: a decode, a word alignment, the head of a file
 LOAD_SECONDS = 900  # large-v3 from a slow disk takes minutes
 FETCH_AGAIN_SECONDS = 30  # after a failed fetch; a network that is down now may be up then
 
@@ -1778,7 +1790,9 @@ class Work:
     cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)
     language: Future[str] = dataclasses.field(default_factory=Future)  # given, or found in the first window
     spent: float = 0.0  # seconds of the model, for taking turns
-    inference: float = 0.0
+    inference: float = 0.0  # seconds with a call in the model
+    calls: int = 0  # in the model now
+    since: float = 0.0  # monotonic: when their number changed
     decoding: float = 0.0
     encodings: int = 0
     ahead: collections.deque[Ahead] = dataclasses.field(default_factory=collections.deque)  # not yet sent
@@ -1786,6 +1800,12 @@ class Work:
     segments: int = 0  # in them
     until: float = 0.0  # seconds: where the last window sent ends
     told: tuple[Any, ...] = ()  # the last progress
+
+    def count(self, calls: int) -> None:
+        """So many calls enter the model, or leave it if negative."""
+        now = time.monotonic()
+        self.inference += now - self.since if self.calls else 0.0
+        self.calls, self.since = self.calls + calls, now
 
 
 @dataclasses.dataclass(eq=False)
@@ -1811,7 +1831,7 @@ class Owner:
         self,
         model: Any,
         batch_size: int,
-        busy: Callable[[float], None],
+        busy: Callable[[float, Step], None],
         may_leave_gpu: bool = False,
         lanes: int = 1,
     ) -> None:
@@ -1824,8 +1844,8 @@ class Owner:
         self.present: dict[Work, None] = {}
         self.shared_until = 0.0  # several files were about until then
         self.batches: list[int] = []  # windows in each generate that nobody has been told of
-        for _ in range(lanes):
-            threading.Thread(target=self.run, name="owner", daemon=True).start()
+        for number in range(lanes):
+            threading.Thread(target=self.run, args=(f"lane {number}",), daemon=True).start()
 
     def enter(self, work: Work) -> None:
         """Let a file take part; it starts as one that has had its share so far."""
@@ -1851,7 +1871,7 @@ class Owner:
             self.wake.notify()
         return call.answer.result()
 
-    def run(self) -> None:
+    def run(self, lane: str) -> None:
         """Serve for ever."""
         while True:
             with self.wake:
@@ -1859,24 +1879,33 @@ class Owner:
                 self.wake.wait_for(lambda: self.waiting)
                 self.free -= 1
                 calls = self.take()
+                for call in calls:
+                    call.work.count(1)
             started = time.monotonic()
-            self.busy(STEP_SECONDS * (1 + len(calls)))
+            self.busy(STEP_SECONDS * (1 + len(calls)), lane)
+            failure: Exception | None = None
             try:
                 answers = getattr(self, calls[0].kind)(calls)
             except Exception as error:  # the model's own; it belongs to whoever asked
-                if out_of_memory(error):
-                    if self.may_leave_gpu:
-                        os._exit(GPU_FULL)  # the parent starts anew on the CPU, and repeats what was in work
-                    message = f"The memory does not suffice ({error}). Choose a smaller WHISPER_MODEL."
-                    error = Refusal(
-                        503, message, type="server_error", code="gpu_out_of_memory", retry_after=60
-                    )
-                for call in calls:
-                    call.answer.set_exception(error)
+                failure = error
+            self.busy(0, lane)
+            self.charge(calls, time.monotonic() - started)
+            if failure:
+                self.fail(calls, failure)
             else:
-                self.charge(calls, time.monotonic() - started)
                 for call, answer in zip(calls, answers, strict=True):
                     call.answer.set_result(answer)
+
+    def fail(self, calls: list[Call], error: Exception) -> None:
+        """Give an error of the model to whoever asked; a GPU whose memory is full is given up."""
+        if out_of_memory(error):
+            if self.may_leave_gpu:
+                os._exit(GPU_FULL)  # the parent starts anew on the CPU, and repeats what was in work
+            message = f"The memory does not suffice ({error}). Choose a smaller WHISPER_MODEL."
+            code = "gpu_out_of_memory"
+            error = Refusal(503, message, type="server_error", code=code, retry_after=60)
+        for call in calls:
+            call.answer.set_exception(error)
 
     def charge(self, calls: list[Call], seconds: float) -> None:
         """Note what calls have cost, for the next turns."""
@@ -1885,7 +1914,7 @@ class Owner:
             for call in calls:
                 call.work.encodings += call.kind == "encode"
                 call.work.spent += seconds / len(calls)
-                call.work.inference += seconds / len(calls)
+                call.work.count(-1)
 
     def take(self) -> list[Call]:
         """The calls to make next, removed from those that wait."""
@@ -2098,7 +2127,7 @@ class Engine:
     """The loaded model and what decodes windows with it."""
 
     def __init__(
-        self, directory: Path, settings: Settings, device: Device, busy: Callable[[float], None]
+        self, directory: Path, settings: Settings, device: Device, busy: Callable[[float, Step], None]
     ) -> None:
         from faster_whisper import WhisperModel
 
@@ -2233,6 +2262,7 @@ class Child:
         self.works: dict[int, Work] = {}
         self.engine: Future[Engine] | None = None
         self.starting = threading.Lock()
+        self.turns = Turns()
         self.windows = ThreadPoolExecutor(max_workers=96, thread_name_prefix="window")
 
     def send(self, *message: Any) -> None:
@@ -2261,9 +2291,9 @@ class Child:
             except (EOFError, OSError):
                 os._exit(0)  # no clean-up: threads may be deep in native code
 
-    def busy(self, seconds: float) -> None:
-        """Tell the parent for how long to be patient."""
-        self.send("busy", seconds)
+    def busy(self, seconds: float, step: Step) -> None:
+        """Tell the parent how long to be patient with a step that begins; 0: it has ended."""
+        self.send("busy", step, seconds)
 
     def fetch(self) -> Path:
         """Bring the model's files, telling how far it is."""
@@ -2274,18 +2304,19 @@ class Child:
             now = time.monotonic()
             if abs(done - shown) >= total / 200 or done >= total or (done > shown and now > told_at + 1):
                 shown, told_at = done, now
-                self.busy(math.inf)
                 self.send("state", {"state": "fetching", "bytes_done": done, "bytes_total": total})
 
         with self.starting:
             found = locate_model(self.model)
             if found is None:
                 log.info("model %s: fetching its files", self.model)
-                self.busy(math.inf)  # the network has its own time limits
+                self.busy(math.inf, "fetch")  # the network has its own time limits
                 self.send("state", {"state": "fetching", "bytes_done": 0, "bytes_total": 0})
-                found = fetch_model(self.model, self.settings.offline, progress)
+                try:
+                    found = fetch_model(self.model, self.settings.offline, progress)
+                finally:
+                    self.busy(0, "fetch")
                 log.info("model %s: files are in %s", self.model, found)
-        self.busy(STEP_SECONDS)
         self.send("state", {"state": "not loaded"})
         return found
 
@@ -2314,21 +2345,22 @@ class Child:
             log.error("model %s: %s", self.model, message)
             self.send("state", {"state": "unavailable", "error": message})
             engine.set_exception(error)
+        finally:
+            self.busy(0, "load")
 
     def testing(self, seconds: float) -> None:
         """A GPU is tried before the model is loaded, in a step that may take so long."""
-        self.busy(seconds + STEP_SECONDS)
+        self.busy(seconds + STEP_SECONDS, "load")
         self.send("state", {"state": "testing the GPU"})
 
     def load_on(self, device: Device, directory: Path) -> Engine:
         """The engine on a device, which the log and /health are told. Raises Refusal or RuntimeError."""
         os.environ |= device.environment  # before this process imports CTranslate2
-        self.busy(LOAD_SECONDS)
+        self.busy(LOAD_SECONDS, "load")
         self.send("state", {"state": "loading"} | device.shown())
         log.info("model %s: loading from %s", self.model, directory)
         started = time.monotonic()
         loaded = Engine(directory, self.settings, device, self.busy)
-        self.busy(STEP_SECONDS)
         seconds = round(time.monotonic() - started, 2)
         name = " ".join([device.name, device.gfx, *map("=".join, device.environment.items())])
         why = f"; not on a GPU: {device.why}" if device.why else ""
@@ -2369,9 +2401,9 @@ class Child:
         if work.options.language:
             work.language.set_result(work.options.language)
         engine: Engine | None = None
-        heard = Heard(work, self.settings.max_audio_seconds, self.busy)
+        heard = Heard(work, self.settings.max_audio_seconds, self.turns, self.busy)
         try:
-            for window in heard.timed(cut_windows(heard, self.settings.vad), work):
+            for window in heard.timed(cut_windows(heard, self.settings.vad)):
                 if work.cancelled.is_set():
                     raise Cancelled
                 if engine is None:
@@ -2417,12 +2449,41 @@ class Child:
                 self.send("progress", work.id, *told, engine.owner.new_batches())
 
 
-class Heard:
-    """The sound of a file as it passes: how much there was, and how long it took to make it."""
+class Turns:
+    """Lets two files be decoded at a time; of those that wait, the one that had least comes first.
 
-    def __init__(self, work: Work, max_seconds: float, tell: Callable[[float], None]) -> None:
+    Twenty at once would take twice the processor time, since they share an interpreter, and 45 MB each.
+    """
+
+    def __init__(self) -> None:
+        self.free, self.waiting, self.changed = 2, set[Work](), threading.Condition()
+
+    def take(self, work: Work) -> None:
+        """Wait for a turn."""
+        with self.changed:
+            self.waiting.add(work)
+            self.changed.wait_for(lambda: self.free and work is min(self.waiting, key=lambda w: w.decoding))
+            self.waiting.remove(work)
+            self.free -= 1
+            self.changed.notify_all()
+
+    def give(self) -> None:
+        """Let another file have the turn."""
+        with self.changed:
+            self.free += 1
+            self.changed.notify_all()
+
+
+class Heard:
+    """The sound of a file as it passes: how much there was; its decoding in steps that the parent times."""
+
+    def __init__(
+        self, work: Work, max_seconds: float, turns: Turns, tell: Callable[[float, Step], None]
+    ) -> None:
         self.blocks = decode(work.file, max_seconds, self.declare)
-        self.tell, self.samples, self.declared, self.ended = tell, 0, 0.0, False
+        self.work, self.turns, self.tell = work, turns, tell
+        self.samples, self.declared, self.ended = 0, 0.0, False
+        self.turn = False  # whether it has one
 
     @property
     def seconds(self) -> float:
@@ -2440,24 +2501,41 @@ class Heard:
         return max(self.declared, self.seconds), True
 
     def __iter__(self) -> Iterator[Samples]:
-        told = 0
         for block in self.blocks:
+            if self.seconds >= HEAD_START_SECONDS and not self.turn:
+                self.end_step()
+                self.turns.take(self.work)
+                self.turn = True
+                self.begin_step()
             self.samples += len(block)
-            if self.samples - told > 600 * RATE:  # ten minutes of silence are news, too
-                told = self.samples
-                self.tell(STEP_SECONDS)
             yield block
         self.ended = True
 
-    def timed(self, windows: Iterator[Window], work: Work) -> Iterator[Window]:
-        """The same windows; what it took to make them is added to `work.decoding`."""
-        while True:
-            started = time.monotonic()
-            window = next(windows, None)
-            work.decoding += time.monotonic() - started
-            if window is None:
-                return
-            yield window
+    def begin_step(self) -> None:
+        """FFmpeg or the VAD begins; nothing but the end of this process can break them off."""
+        self.tell(STEP_SECONDS, self.work.id)
+        self.begun = time.monotonic()
+
+    def end_step(self) -> None:
+        """They have done their piece, and another file may have the turn."""
+        self.work.decoding += time.monotonic() - self.begun
+        self.tell(0, self.work.id)
+        if self.turn:
+            self.turn = False
+            self.turns.give()
+
+    def timed(self, pieces: Iterator[list[Window]]) -> Iterator[Window]:
+        """The windows of each piece, the making of which is a step. Raises Cancelled between two."""
+        made: list[Window] | None = []
+        while made is not None:
+            yield from made
+            if self.work.cancelled.is_set():
+                raise Cancelled
+            self.begin_step()
+            try:
+                made = next(pieces, None)
+            finally:
+                self.end_step()
 
 
 def child_main(pipe: Any, settings: Settings, model: str, given_up: str) -> None:
@@ -2628,7 +2706,10 @@ class Worker:
         self.jobs: dict[int, Job] = {}
         self.again: collections.deque[Job] = collections.deque()  # after a death: one at a time
         self.given_up, self.deaths = "", 0  # why the GPU is not to be used any more
-        self.patience = math.inf  # monotonic time until which the child may be silent
+        self.steps: dict[Step, float] = {}  # what the child is at, and when (monotonic) it must have ended
+        self.late: list[Step] = []  # the steps for which the child was ended
+        self.heard = math.inf  # monotonic time of its last message
+        self.gone_by = math.inf  # monotonic time by which a killed child must have ended
         self.idle_since = time.monotonic()
         self.state: dict[str, Any] = {"state": "not loaded"}
         self.since, self.first_bytes = time.monotonic(), 0  # of the state; what a download began with
@@ -2685,16 +2766,18 @@ class Worker:
 
     def tick(self) -> None:
         """Called about twice a second: ends a child that is idle or hangs."""
-        process, idle = self.process, self.settings.idle_seconds
-        if process is not None and self.jobs and time.monotonic() > self.patience:
-            log.error("model %s: the worker hangs; ending it", self.model)
-            process.kill()  # without the lock: who holds it may be sending to a child that reads no more
-            if self.killed is process and self.lock.acquire(blocking=False):
-                self._died(
-                    None
-                )  # held by a driver, for good perhaps (librocdxg#17); its listener waits in vain
+        process, idle, now = self.process, self.settings.idle_seconds, time.monotonic()
+        steps = self.steps.copy()  # without the lock, see below
+        late = [step for step, end in steps.items() if now > end]
+        silent = self.jobs and not steps and now > self.heard + STEP_SECONDS
+        if process is not None and process is self.killed:
+            if now > self.gone_by and self.lock.acquire(blocking=False):
+                self._died(None)  # a driver holds it, perhaps for good (librocdxg#17)
                 self.lock.release()
-            self.killed, self.patience = process, time.monotonic() + KILL_SECONDS
+        elif process is not None and (late or silent):
+            log.error("model %s: the worker hangs; ending it", self.model)
+            self.late, self.killed, self.gone_by = late, process, now + KILL_SECONDS
+            process.kill()  # without the lock: who holds it may be sending to a child that reads no more
         elif self.lock.acquire(blocking=False):
             try:
                 unused = self.process is not None and not self.jobs and not self.fetching
@@ -2720,13 +2803,15 @@ class Worker:
     def _start(self) -> None:
         if self.process is not None:
             return
+        os.environ.setdefault("MALLOC_ARENA_MAX", "2")  # glibc keeps tens of MB for each thread otherwise
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         arguments = (theirs, self.settings, self.model, self.given_up)
         self.process = context.Process(target=child_main, args=arguments, name="whisper-worker", daemon=True)
         self.process.start()
         theirs.close()
-        self.patience, self.idle_since = time.monotonic() + STEP_SECONDS, time.monotonic()
+        self.heard = self.idle_since = time.monotonic()
+        self.steps, self.late = {}, []
         listen = threading.Thread(target=self._listen, args=(self.process, self.pipe), daemon=True)
         listen.start()
 
@@ -2738,7 +2823,7 @@ class Worker:
         self._start()
         job.tries += 1
         job.since, job.progress = time.monotonic(), (0.0, 0.0, False)
-        self.patience = max(self.patience, time.monotonic() + STEP_SECONDS)
+        self.steps[f"job {job.id}"] = time.monotonic() + STEP_SECONDS  # until it has arrived
         with contextlib.suppress(OSError):
             self.pipe.send(("job", job.id, job.options))
             multiprocessing.reduction.send_handle(self.pipe, job.file.fileno(), self.process.pid)
@@ -2759,8 +2844,7 @@ class Worker:
                 self._died(process.exitcode)
 
     def _hear(self, kind: str, *rest: Any) -> None:
-        now = time.monotonic()
-        self.patience = max(self.patience, now + STEP_SECONDS)
+        now = self.heard = time.monotonic()
         if kind == "state":
             if rest[0]["state"] != self.state["state"] or not self.state.get("bytes_total"):
                 self.since, self.first_bytes = now, rest[0].get("bytes_done", 0)
@@ -2768,7 +2852,11 @@ class Worker:
             for waiting in self.jobs.values() if self.state["state"] == "ready" else ():
                 waiting.since = now
         elif kind == "busy":
-            self.patience = now + rest[0]
+            step, seconds = rest
+            self.steps.pop(f"job {step}", None)  # it has arrived
+            self.steps.pop(step, None)
+            if seconds:
+                self.steps[step] = now + seconds
         elif job := self.jobs.get(rest[0]):
             if kind == "progress":
                 job.progress = (rest[1], rest[2], rest[3])
@@ -2794,10 +2882,15 @@ class Worker:
                 self._send_job(self.again[0])
 
     def _died(self, code: int | None) -> None:
-        """A child ended by itself: do its jobs again, one at a time, so that one cannot end the others."""
+        """A child has ended: do its jobs again, one at a time, so that one cannot end the others.
+
+        A job whose decoding took too long is known to be the cause: it fails, and the others lose nothing.
+        """
         self.pipe.close()
         self.process = None
-        self.deaths += 1
+        named = any(isinstance(step, str) for step in self.late)  # more than some decodings hung
+        causes = set() if named else set(self.late)
+        self.deaths += not causes
         log.error("model %s: the worker died (exit code %s) with %d jobs", self.model, code, len(self.jobs))
         on_gpu = self.state.get("device") == "gpu" and self.settings.device != "gpu"
         self.state = {"state": "not loaded", "last_death": f"exit code {code}"}
@@ -2807,22 +2900,29 @@ class Worker:
             log.error("model %s: %s; using the CPU from now on", self.model, self.given_up)
         waiting = set(list(self.again)[1:])  # for their second try; the dead child never had them
         for job in [job for job in self.jobs.values() if job not in waiting]:
-            if job.tries >= TRIES or (job.begun and job.options.stream):
-                message = (
-                    f"The worker process died over this request (exit code {code}). Its log tells more; "
-                )
-                message += "another file, or a smaller WHISPER_BATCH_SIZE or model, may do."
-                lost = Refusal(500, message, type="server_error")
-                job.events.put(("failed", lost))
-                self.jobs.pop(job.id, None)
+            job.tries -= bool(causes)
+            if job.id in causes:
+                self._fail(job, undecodable_in_time())
+            elif job.tries >= TRIES or (job.begun and job.options.stream):
+                message = f"The worker process died over this request (exit code {code}). "
+                message += "Its log tells more; another file, a smaller WHISPER_BATCH_SIZE or model may do."
+                self._fail(job, Refusal(500, message, type="server_error"))
             elif job.begun:
                 job.events.put(("again",))
         queued = set(self.again)
-        self.again.extend(job for job in self.jobs.values() if job not in queued)
+        others = [job for job in self.jobs.values() if job not in queued]
+        if not causes:
+            self.again.extend(others)
         while self.again and self.again[0].id not in self.jobs:
             self.again.popleft()
+        for job in others if causes else []:
+            self._send_job(job)
         if self.again:
             self._send_job(self.again[0])
+
+    def _fail(self, job: Job, refusal: Refusal) -> None:
+        job.events.put(("failed", refusal))
+        self.jobs.pop(job.id, None)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3628,6 +3728,7 @@ def still_fetching(worker: Worker) -> Refusal:
 
 MAX_CONNECTIONS = 256  # a thread each; idle ones are closed to make room
 GRACE_SECONDS = 30  # for requests in work after SIGTERM
+IS_INIT = os.getpid() == 1  # in a container, unless it has an init of its own
 PROGRESS_SECONDS = 9  # between two lines of the log about one thing; with a tick of 0.5 s never 10
 CLEAR_LINE = "\r\x1b[K"
 
@@ -3790,6 +3891,16 @@ class Server(http.server.ThreadingHTTPServer):
         ]
         slow += list(self.present)
         self.progress.show({one: one.far() for one in slow})
+        if IS_INIT:
+            self.reap()
+
+    def reap(self) -> None:
+        """Wait for what a dead worker had begun, such as pip: a container's first process inherits it."""
+        ours = [worker.process and worker.process.pid for worker in list(self.workers.values())]
+        with contextlib.suppress(ChildProcessError):
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended and ended.si_pid not in ours:  # their listeners want the exit code
+                os.waitpid(ended.si_pid, 0)
 
     def drain(self) -> None:
         """Take no new requests, let those in work finish, then end serve_forever."""
