@@ -259,6 +259,7 @@ onPage("the key is asked for, and kept for the tab alone", { url: () => locked.a
   await page.keyboard.press("Enter");
   await page.waitForSelector("#error:not([hidden])");
   assert.match(await shown(page, "#error"), /invalid subscription key/);
+  assert.ok(await page.isEnabled("#go"));
   await page.fill("#key", "opensesame");
   await page.keyboard.press("Enter");
   await page.waitForSelector("#result:not([hidden])");
