@@ -4130,6 +4130,13 @@ def test_length_that_a_file_does_not_declare_is_not_made_up(recordings: Callable
     assert heard.known() == (heard.seconds, False)
 
 
+def test_a_fault_in_the_progress_does_not_end_the_server(tmp_path: Path) -> None:
+    patch = WORDY + "SECONDS = 1\ndef broken(*_): 1 / 0\nwhisper_server.Progress.show = broken"
+    with serving(tmp_path, patch=patch, VAD="0") as served:
+        served.wait_for("ZeroDivisionError")
+        assert words(served) == 1
+
+
 def test_log_is_never_silent_for_ten_seconds(tmp_path: Path) -> None:
     with (
         serving(tmp_path, patch=WORDY + "SECONDS = 10.5", VAD="0") as served,

@@ -3882,7 +3882,14 @@ class Server(http.server.ThreadingHTTPServer):
         log.debug("connection of %s broke: %s", client_address, sys.exc_info()[1])
 
     def service_actions(self) -> None:
-        """Called twice a second by serve_forever."""
+        """Called twice a second by serve_forever, which an exception would end."""
+        try:
+            self.tick()
+        except Exception:
+            log.exception("looking after the workers failed")
+
+    def tick(self) -> None:
+        """Look after the workers, tell how far everything is."""
         workers = list(self.workers.values())
         for worker in workers:
             worker.tick()
