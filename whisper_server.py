@@ -2547,6 +2547,7 @@ def child_main(pipe: Any, settings: Settings, model: str, given_up: str) -> None
     quiet = ("HF_HUB_DISABLE_TELEMETRY", "ORT_DISABLE_TELEMETRY", "DO_NOT_TRACK")  # onnxruntime reports home
     os.environ |= dict.fromkeys(quiet, "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin stop one another on busy cores
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's matrices are small, its threads in the way
     if settings.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     from tqdm import tqdm
