@@ -5667,8 +5667,9 @@ def try_gpu(gpu, *rest):
     return {"why": "", "compute_type": "int8", "environment": gpu.environments[0]}
 whisper_server.try_gpu = try_gpu
 """
+    program = program_with(tmp_path, on_a_machine(tmp_path, tried))
     for _ in range(2):  # a verdict that was kept does not count here
-        code, output, errors = checked(program_with(tmp_path, on_a_machine(tmp_path, tried)), "--json")
+        code, output, errors = checked(program, "--json")
         told = json.loads(output)
         assert code == 0 and told["ok"] is True and told["version"] == whisper_server.__version__
         steps = {step["step"]: step for step in told["steps"]}

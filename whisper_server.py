@@ -3990,10 +3990,7 @@ def check(settings: Settings) -> Iterator[Finding]:
 
 def check_packages() -> Iterator[Finding]:
     """Python and the packages that the server needs."""
-    state: Literal["ok", "bad"] = "ok" if sys.version_info >= (3, 10) else "bad"
-    yield Finding(
-        "Python", state, f"{platform.python_version()} in {sys.prefix}", "" if state == "ok" else "3.10"
-    )
+    yield Finding("Python", "ok", f"{platform.python_version()} in {sys.prefix}")
     versions, missing = [], []
     for name in PACKAGES:
         try:
@@ -4012,9 +4009,7 @@ def check_disk(settings: Settings) -> Finding:
         with tempfile.TemporaryFile():
             free = shutil.disk_usage(tempfile.gettempdir()).free // 2**20
     except OSError as error:
-        return Finding(
-            "disk", "bad", f"no upload can be stored: {error}", "set TMPDIR to a directory with room"
-        )
+        return Finding("disk", "bad", f"no upload can be stored: {error}", "set TMPDIR to another directory")
     largest = settings.upload_limit() // 2**20
     text = f"{free} MB free in {tempfile.gettempdir()}; an upload may have {largest} MB"
     if free >= largest:
