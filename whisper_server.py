@@ -1837,7 +1837,7 @@ class Owner:
     ) -> None:
         self.model, self.batch_size, self.busy = model, batch_size, busy
         self.may_leave_gpu = may_leave_gpu
-        self.free = 0  # lanes with nothing to do
+        self.lanes, self.free = lanes, 0  # all, and those with nothing to do
         self.turn = 0.0  # seconds that a file has had by now if it had its share all along
         self.waiting: dict[Work, collections.deque[Call]] = {}
         self.wake = threading.Condition()
@@ -1876,7 +1876,7 @@ class Owner:
         while True:
             with self.wake:
                 self.free += 1
-                self.wake.wait_for(lambda: self.waiting)
+                self.wake.wait_for(self.turns)
                 self.free -= 1
                 calls = self.take()
                 for call in calls:
@@ -1910,19 +1910,30 @@ class Owner:
     def charge(self, calls: list[Call], seconds: float) -> None:
         """Note what calls have cost, for the next turns."""
         with self.wake:
+            self.wake.notify_all()  # a file that has left the model may come again
             self.turn += seconds / max(1, len(self.present))
             for call in calls:
                 call.work.encodings += call.kind == "encode"
                 call.work.spent += seconds / len(calls)
                 call.work.count(-1)
 
-    def take(self) -> list[Call]:
-        """The calls to make next, removed from those that wait."""
+    @property
+    def shared(self) -> bool:
+        """Whether several files are about, or were within ten seconds."""
         now = time.monotonic()
         if len(self.present) > 1:
             self.shared_until = now + 10.0
-        share = SHARED_WINDOWS if now < self.shared_until else self.batch_size
-        turns = sorted(self.waiting, key=lambda work: work.spent)
+        return now < self.shared_until
+
+    def turns(self) -> list[Work]:
+        """The files that wait, the one that had least first. None has two lanes while others are about."""
+        free = [work for work in self.waiting if not (work.calls and self.lanes > 1 and self.shared)]
+        return sorted(free, key=lambda work: work.spent)
+
+    def take(self) -> list[Call]:
+        """The calls to make next, removed from those that wait."""
+        share = SHARED_WINDOWS if self.shared else self.batch_size
+        turns = self.turns()
         level = [work for work in turns if work.spent <= turns[0].spent + LEVEL_SECONDS]
         quick = (call for work in level for call in self.waiting[work] if call.kind != "generate")
         first = next(quick, self.waiting[turns[0]][0])

@@ -423,6 +423,16 @@ onPage("a transcription shows how far it is", {}, async (page) => {
   heard(await shown(page, "#segments"));
 });
 
+onPage("the server's own word of a long file is shown", {}, async (page) => {
+  const long = path.join(folder, "long.wav");
+  const sound = clips().flatMap((clip) => [...clip, ...silence(1)]);
+  writeWav(long, Array(30).fill(sound).flat()); // five minutes
+  await page.setInputFiles("#file", long);
+  await page.click("#go");
+  await page.waitForFunction(() => /^Transcribing · [1-9]\d? % · [\d.]+×$/.test(document.getElementById("far").textContent));
+  await page.click("#cancel");
+});
+
 onPage("the server is left alone while nobody looks", {}, async (page) => {
   let looks = 0;
   page.on("request", (request) => (looks += request.url().endsWith("/health")));
