@@ -1273,15 +1273,15 @@ def test_windows_in_a_batch_are_heard_as_alone(engine: Engine, monkeypatch: pyte
 def test_a_short_clip_takes_its_turn_beside_a_long_file(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Thirty windows of a long file wait for the model; the clip that comes later passes most of them."""
+    """Windows of a long file wait for the model; the clip that comes later passes most of them."""
     heard = Heard(engine, monkeypatch)
     long = Work(1, Options(language="en"), io.BytesIO())
     long.language.set_result("en")
     sound = np.concatenate((samples_of(ENGLISH), samples_of(COUNTING)))  # too long to share the clip's batch
     [window] = next(cut_windows([sound], True))
     engine.owner.enter(long)
-    with ThreadPoolExecutor(30) as pool:
-        waiting = [pool.submit(engine.transcribe, long, window) for _ in range(30)]
+    with ThreadPoolExecutor(34) as pool:
+        waiting = [pool.submit(engine.transcribe, long, window) for _ in range(34)]
         assert in_time(lambda: len(heard.batches) >= 2)
         begun = len(heard.batches)
         assert_heard("".join(s.text for s in transcribed(engine, samples_of(HELLO), 2, language="en")), HELLO)
@@ -1289,7 +1289,7 @@ def test_a_short_clip_takes_its_turn_beside_a_long_file(
         for one in waiting:
             assert "lazy dog" in bare("".join(segment.text for segment in one.result()))
     engine.owner.leave(long)
-    assert after <= 2 * 2 * SHARED_WINDOWS  # two turns of two lanes, not all that was waiting
+    assert after <= 3 * SHARED_WINDOWS  # a few turns of one lane, not the eighteen that were waiting
 
 
 def turns(owner: Owner, works: list[Work], rounds: int, keys: str) -> list[list[int]]:
