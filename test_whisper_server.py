@@ -4611,6 +4611,13 @@ def test_keys_are_nowhere_in_the_log_nor_in_health(tmp_path: Path, how: str) -> 
         assert key.encode() not in shown and b"other-key" not in shown
 
 
+def test_what_is_said_is_not_in_the_log(tmp_path: Path) -> None:
+    with serving(tmp_path, LOG_LEVEL="debug") as served:
+        assert heard_right(served, prompt="Xylophones.")
+        assert served.post(OPENAI, ENGLISH, model="w", stream="true").status_code == 200
+        assert not re.search("xylophone|quick|brown|lazy", served.log(), re.I)
+
+
 # ------------------------------------------------------------------------------------------------
 # process: what dies, hangs, leaves or runs out, and the next good request
 # ------------------------------------------------------------------------------------------------
