@@ -1226,7 +1226,7 @@ class Heard:
 @pytest.fixture(scope="module")
 def engine(server: Served) -> Engine:
     """The real model in this process, with two lanes."""
-    settings = Settings.read({"WHISPER_MODEL": "base", "WHISPER_THREADS": "2", "WHISPER_BATCH_SIZE": "8"})
+    settings = Settings.read({"WHISPER_MODEL": "base", "WHISPER_THREADS": "2", "WHISPER_BATCH_SIZE": "16"})
     return Engine(base_files(), settings, on_cpu(settings, ""), lambda seconds, step: None)
 
 

@@ -1845,7 +1845,7 @@ class Owner:
         may_leave_gpu: bool = False,
         lanes: int = 1,
     ) -> None:
-        self.model, self.batch_size, self.busy = model, batch_size, busy
+        self.model, self.batch_size, self.busy = model, batch_size, busy  # windows in one generate
         self.may_leave_gpu = may_leave_gpu
         self.lanes, self.free = lanes, 0  # all, and those with nothing to do
         self.turn = 0.0  # seconds that a file has had by now if it had its share all along
@@ -2154,7 +2154,8 @@ class Engine:
 
         self.settings = settings
         threads = settings.threads or available_cores()
-        lanes = lanes_for(directory, threads) if device.device == "cpu" else 1
+        self.batch_size = settings.batch_size or batch_size_for(directory)  # of all lanes together
+        lanes = min(self.batch_size, lanes_for(directory, threads)) if device.device == "cpu" else 1
         try:
             self.whisper = fitted_whisper(WhisperModel)(
                 str(directory),
@@ -2176,9 +2177,8 @@ class Engine:
                 "copy that file from the repository it was made from."
             )
             raise Refusal(503, message, type="server_error", code="model_incomplete")
-        self.batch_size = settings.batch_size or batch_size_for(directory)
         may_leave_gpu = device.device == "gpu" and settings.device == "auto"
-        self.owner = Owner(model, self.batch_size, busy, may_leave_gpu, lanes)
+        self.owner = Owner(model, self.batch_size // lanes, busy, may_leave_gpu, lanes)
         self.current = self.whisper.current = threading.local()
         self.whisper.model = TurnsOnly(model, self.owner, self.current)
 
