@@ -755,6 +755,7 @@ DEMUXERS = (
     "mpeg,mpegts,oga,ogg,rm,tta,w64,wav,webm,wv"
 )
 MAX_CHANNELS = 32  # FFmpeg's resampler mixes no more; 7.1 is the widest layout in use
+MAX_RATE = 1_000_000  # DXD has 352,800; beyond, FFmpeg's resampler asks for gigabytes
 MAX_BAD_PACKETS = 100_000  # a file of nothing but damage ends here, after a few seconds of CPU time
 WINDOW_SECONDS = 14.0  # longer windows decode slower and no better; Whisper takes at most 30
 MAX_GAP_SECONDS = 2.0  # a longer pause is not worth encoding
@@ -805,6 +806,8 @@ def decode(file: IO[bytes], max_seconds: float) -> Iterator[Samples]:
                 yield np.clip(np.nan_to_num(sound, nan=0.0), -1.0, 1.0)
     except (av.error.FFmpegError, ValueError, OSError) as error:
         failure = error
+        if isinstance(error, MemoryError):
+            bytearray(2**26)  # raises again if memory has run out; else the file asked for an absurd amount
     if failure is not None and not seconds:
         log.debug("cannot decode: %s", failure)
         raise undecodable()
@@ -830,7 +833,7 @@ def frames(container: Any) -> Iterator[Any]:
                 yield from resampler.resample(None)  # what the filter still holds
             if frame is None:
                 return
-            if not 1 <= frame.layout.nb_channels <= MAX_CHANNELS or frame.sample_rate < 1000:
+            if not (1 <= frame.layout.nb_channels <= MAX_CHANNELS and 1000 <= frame.sample_rate <= MAX_RATE):
                 raise undecodable()
             resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
         frame.pts = None  # a jump in the clock would make the resampler invent or drop sound
@@ -846,14 +849,14 @@ def raw_frames(container: Any, stream: Any) -> Iterator[Any]:
     while bad < MAX_BAD_PACKETS:
         try:
             packet = next(packets)
-        except StopIteration:
-            return
-        except av.error.EOFError:
-            return
+        except (StopIteration, av.error.EOFError):
+            break
+        except MemoryError:  # FFmpeg's, too: no damage
+            raise
         except av.error.FFmpegError:
             bad += 1
             if bad > 100:  # the container itself is broken here; its reader got no further
-                return
+                break
             packets = container.demux(stream)  # a generator is dead after its first exception
             continue
         try:
@@ -861,11 +864,15 @@ def raw_frames(container: Any, stream: Any) -> Iterator[Any]:
                 last = frame
                 yield frame
         except av.error.EOFError:
-            return
+            break
+        except MemoryError:
+            raise
         except av.error.FFmpegError:
             bad += 1
             if last is not None and packet.duration and packet.time_base:
                 yield from silence_like(last, float(packet.duration * packet.time_base))
+    if bad and last is None:  # there were packets, and none was sound
+        raise undecodable()
 
 
 def silence_like(frame: Any, seconds: float) -> Iterator[Any]:
@@ -1047,11 +1054,14 @@ def repository_of(model: str) -> tuple[str, str | None]:
 
 
 def hub_cache(repository: str) -> Path:
-    """The directory in which the Hub's own tools keep a repository."""
+    """The directory in which the Hub's own tools keep a repository.
+
+    As they do, leave `~` alone where the user has no home; pathlib raises there.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{home}/huggingface"
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
-    return Path(cache).expanduser() / ("models--" + repository.replace("/", "--"))
+    return Path(os.path.expanduser(cache)) / ("models--" + repository.replace("/", "--"))
 
 
 def missing_files(directory: Path) -> list[str]:
@@ -1068,7 +1078,7 @@ def locate_model(model: str) -> Path | None:
     Raises Refusal 503 when `model` is a directory that lacks a file, or no model's name.
     """
     if os.path.isdir(model) or model.startswith((".", "/", "~")):
-        directory = Path(model).expanduser()
+        directory = Path(os.path.expanduser(model))
         if missing := missing_files(directory):
             message = f"The model directory {model} lacks {', '.join(missing)}."
             raise Refusal(503, message, type="server_error", code="model_incomplete")
@@ -2928,7 +2938,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.reap()
 
     def reap(self) -> None:
-        """Wait for what a dead worker had begun, pip perhaps: the first process of a container inherits it."""
+        """Wait for what a dead worker had begun, pip perhaps: a container's first process inherits it."""
         ours = [worker.process and worker.process.pid for worker in list(self.workers.values())]
         with contextlib.suppress(ChildProcessError):
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
