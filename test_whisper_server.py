@@ -4613,7 +4613,7 @@ def test_keys_are_nowhere_in_the_log_nor_in_health(tmp_path: Path, how: str) -> 
 
 def test_what_is_said_is_not_in_the_log(tmp_path: Path) -> None:
     with serving(tmp_path, LOG_LEVEL="debug") as served:
-        assert heard_right(served, prompt="Xylophones.")
+        assert heard_right(served) and served.post(prompt="Xylophones.").status_code == 200
         assert served.post(OPENAI, ENGLISH, model="w", stream="true").status_code == 200
         assert not re.search("xylophone|quick|brown|lazy", served.log(), re.I)
 
@@ -5051,20 +5051,20 @@ def counted(samples, vad):
 whisper_server.find_speech = counted
 """
     )
-    long = encoded(rest(1800), "flac", "flac", 8000)
+    long = encoded(rest(1800), "flac", "flac", 8000)  # 115 MB of samples
     with serving(tmp_path, patch=patch) as served:
         assert served.post(sound=SHORT).status_code == 200
         status = Path(f"/proc/{served.child()}/status")
         before = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
-        with asking(served, 12, sound=long) as answers:
+        with asking(served, 8, sound=long) as answers:
             in_time(lambda: re.search(r"at once: 2, 1[2-9]\d s", served.log()))
             assert served.post(sound=SHORT).status_code == 200
             assert not all(answer.done() for answer in answers)
-            assert [answer.result().status_code for answer in answers] == [200] * 12
+            assert [answer.result().status_code for answer in answers] == [200] * 8
         at_once = [int(n) for n in re.findall(r"at once: (\d+), 1[2-9]\d s", served.log())]
-        assert max(at_once) == 2 and len(at_once) > 12 * 10
+        assert max(at_once) == 2 and len(at_once) > 8 * 10
         grown = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) - before
-        assert grown < 300_000  # kB; the samples of all are 1.4 GB, the first 2 minutes of all 92 MB thrice
+        assert grown < 160_000, grown  # kB; the samples of all are 920 MB
 
 
 # -- clients that leave, too many of them ----------------------------------------------------------
@@ -5967,7 +5967,7 @@ def test_out_of_descriptors_those_inside_go_on(tmp_path: Path) -> None:
         assert words(served) == 1
 
 
-@pytest.mark.parametrize("room", [0, 3_000_000, 30_000_000])
+@pytest.mark.parametrize("room", [0, 3_000_000])
 def test_model_without_memory_fails_one_request_alone(tmp_path: Path, room: int) -> None:
     """Whether the library raises or its process dies, the client hears of it and the next one is heard."""
     patch = f"""
@@ -6073,6 +6073,19 @@ def watch(event, arguments):
         whisper_server.log.error("NETWORK %s %r", event, arguments[1:])
 sys.addaudithook(watch)
 """
+
+
+def test_libraries_are_told_not_to_report_home(tmp_path: Path) -> None:
+    names = ("HF_HUB_DISABLE_TELEMETRY", "ORT_DISABLE_TELEMETRY", "DO_NOT_TRACK")
+    told = f"""
+real = Wordy.__init__
+def telling(self, *arguments):
+    whisper_server.log.info("told %s", [os.environ.get(name) for name in {names}])
+    real(self, *arguments)
+Wordy.__init__ = telling
+"""
+    with serving(tmp_path, patch=WORDY + told, VAD="0") as served:
+        assert words(served) == 1 and "told ['1', '1', '1']" in served.log()
 
 
 def test_cached_model_is_used_without_a_word_to_anybody(server: Served, tmp_path: Path) -> None:
