@@ -3287,7 +3287,9 @@ def test_a_failure_midway_ends_the_stream_properly(server: Served) -> None:
         "POST", OPENAI, data={"model": "w", "stream": "1"}, files={"file": LONG}
     ) as answer:
         pieces = answer.iter_bytes()
-        got = next(pieces)
+        got = b""
+        while b"delta" not in got:  # before it, the file would be done again
+            got += next(pieces)
         os.kill(server.child() or 0, signal.SIGKILL)
         got += b"".join(pieces)  # raises unless the last chunk comes
     assert b"[DONE]" not in got and b"transcript.text.done" not in got
@@ -4286,9 +4288,7 @@ def test_curl_of_the_banner_works(name: str, request: pytest.FixtureRequest) -> 
     said = subprocess.check_output(shlex.split(command), timeout=60)
     assert fox(json.loads(said)["text"])
     lines = served.log().splitlines()[:4]
-    for line, part in zip(
-        lines, ("http://localhost:", "keys: ", "try: curl", "model base: found"), strict=True
-    ):
+    for line, part in zip(lines, ("http://localhost:", "keys: ", "try: curl", "model base: "), strict=True):
         assert part in line
     assert (
         lines[1].endswith("keys: one of 2 in WHISPER_API_KEYS")
