@@ -1446,6 +1446,14 @@ def test_first_request_loads_the_model_and_idleness_ends_it(server: Served, tmp_
         assert state.get("device", "cpu") == "cpu"
 
 
+def test_parent_loads_neither_media_nor_model_libraries(server: Served) -> None:
+    assert_heard(server.post().json()["text"])
+    libraries = re.compile(r"numpy|libav|ctranslate2|onnxruntime")
+    mapped = [Path(f"/proc/{pid}/maps").read_text() for pid in (server.process.pid, server.child())]
+    assert not libraries.search(mapped[0])
+    assert len(set(libraries.findall(mapped[1]))) == 4
+
+
 # ------------------------------------------------------------------------------------------------
 # model files: a directory, the cache, the Hub, the package index
 # ------------------------------------------------------------------------------------------------
