@@ -161,7 +161,7 @@ class Served:
 
     def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
         self.process, self.log_file, self.pid = process, log, process.pid
-        self.port = self.wait_for(r"http://[^ ]*:(\d+)", 20)
+        self.port = self.wait_for(r"http://[^ ]*:(\d+)")
         self.url = f"http://127.0.0.1:{self.port}"
         self.http = httpx.Client(base_url=self.url, timeout=120)
 
@@ -171,11 +171,11 @@ class Served:
     def wait_for(self, pattern: str, seconds: float = 60) -> str:
         """The first group (or all) of a pattern as soon as the log shows it."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        ended = False
+        while time.monotonic() < end and not ended:
+            ended = self.process.poll() is not None  # looked at before the log, which may be its last
             if found := re.search(pattern, self.log()):
                 return found[found.lastindex or 0]
-            if self.process.poll() is not None:
-                break
             time.sleep(0.02)
         raise AssertionError(f"the log never showed {pattern!r}:\n{self.log()}")
 
@@ -1282,7 +1282,7 @@ def test_a_short_clip_takes_its_turn_beside_a_long_file(
     engine.owner.enter(long)
     with ThreadPoolExecutor(34) as pool:
         waiting = [pool.submit(engine.transcribe, long, window) for _ in range(34)]
-        assert in_time(lambda: len(heard.batches) >= 2)
+        assert in_time(lambda: len(heard.batches) >= 2, 120)
         begun = len(heard.batches)
         assert_heard("".join(s.text for s in transcribed(engine, samples_of(HELLO), 2, language="en")), HELLO)
         after = sum(batch.count(1) for batch in heard.batches[begun:])
@@ -1434,11 +1434,8 @@ def test_first_request_loads_the_model_and_idleness_ends_it(server: Served, tmp_
         assert fresh.log().count("model base: loading from") == 1
         fresh.wait_for(r"model base: loading from \S+")
         fresh.wait_for(r"model base: loaded on cpu as int8 in [\d.]+ s")
-        fresh.wait_for("idle for 1 s; ending the worker", 10)
-        end = time.monotonic() + 10
-        while fresh.health()["models"]["base"] != {"state": "not loaded"} and time.monotonic() < end:
-            time.sleep(0.05)
-        assert fresh.health()["models"]["base"] == {"state": "not loaded"}
+        fresh.wait_for("idle for 1 s; ending the worker")
+        in_time(lambda: fresh.health()["models"]["base"] == {"state": "not loaded"})
         assert fresh.child() is None
         assert_heard(fresh.post().json()["text"])
         assert fresh.log().count("model base: loading from") == 2
@@ -1482,7 +1479,8 @@ def cut_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "none"))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.delenv("HUGGINGFACE_HUB_CACHE", raising=False)
-    return {"HF_HOME": str(tmp_path / "hub-home"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    home, endpoint = str(tmp_path / "hub-home"), "http://127.0.0.1:9"
+    return {"HF_HOME": home, "HF_ENDPOINT": endpoint, "HF_HUB_DOWNLOAD_TIMEOUT": "300"}
 
 
 def test_model_in_a_directory_is_used(server: Served, tmp_path: Path, cut_off: dict[str, str]) -> None:
@@ -1692,19 +1690,16 @@ def test_model_comes_from_the_hub_and_a_broken_download_goes_on(
 ) -> None:
     hub.gate.clear()
     with serving(tmp_path, **cut_off) as first:  # it fetches from its start, unasked
-        end = time.monotonic() + 60
-        while time.monotonic() < end:
-            state = first.health()["models"]["base"]
-            if state["state"] == "fetching" and state.get("bytes_done", 0) > 50e6:
-                break
-            time.sleep(0.1)
-        assert 50e6 < state["bytes_done"] < state["bytes_total"] < 160e6, state
+        in_time(lambda: first.health()["models"]["base"].get("bytes_done", 0) > 50e6, 120)
+        state, child = first.health()["models"]["base"], first.child()
+        assert state["state"] == "fetching" and state["bytes_done"] < state["bytes_total"] < 160e6, state
         assert "model base: loading from" not in first.log()
-    hub.gate.set()  # the first server died half-way
+    in_time(lambda: gone(child))  # half-way
+    hub.gate.set()
     hub.break_at = [120_000_000]
     with serving(tmp_path, **cut_off) as second:
-        second.wait_for("files are in", 60)
-        assert second.health()["models"]["base"] == {"state": "not loaded"}
+        second.wait_for("files are in")
+        in_time(lambda: second.health()["models"]["base"] == {"state": "not loaded"})
         assert "model base: loading from" not in second.log()  # the files alone: the first request loads them
         assert_heard(second.post().json()["text"])
     spans = [int((re.findall(r"\d+", span) or [0])[0]) for span in hub.ranges()]
@@ -1730,7 +1725,7 @@ def test_part_of_another_file_is_not_taken_for_the_model(
     blobs.mkdir(parents=True)
     part = blobs / (whisper_server.MIRROR_SHA256["model.bin"] + ".part")
     part.write_bytes(bytes(size))
-    with serving(tmp_path, **cut_off) as served:
+    with serving(tmp_path, patch="whisper_server.FETCH_WAIT_SECONDS = 300", **cut_off) as served:
         if size == 1_000_000:
             served.wait_for("model.bin is not the published file", 60)
         assert_heard(served.post().json()["text"])  # fetched anew
@@ -1748,6 +1743,7 @@ def test_request_while_files_are_fetched_hears_how_far_it_is(
     threading.Thread(target=here.serve_forever, daemon=True).start()
     try:
         here.prepare()
+        in_time(lambda: here.workers["base"].state.get("bytes_done", 0) > 70e6, 120)  # as far as it goes
         address = f"http://127.0.0.1:{here.server_port}{AZURE}"
         asked = time.monotonic()
         answer = httpx.post(address, files={"file": ("a.wav", ENGLISH.bytes)}, timeout=60)
@@ -1756,8 +1752,8 @@ def test_request_while_files_are_fetched_hears_how_far_it_is(
         assert int(answer.headers["retry-after"]) > 0
         assert re.search(r"'base' is being fetched: (7|8)\d of 14\d MB", answer.json()["error"]["message"])
         threading.Timer(0.5, hub.gate.set).start()
-        monkeypatch.setattr(whisper_server, "FETCH_WAIT_SECONDS", 60)
-        answer = httpx.post(address, files={"file": ("a.wav", ENGLISH.bytes)}, timeout=60)
+        monkeypatch.setattr(whisper_server, "FETCH_WAIT_SECONDS", 300)
+        answer = httpx.post(address, files={"file": ("a.wav", ENGLISH.bytes)}, timeout=300)
         assert_heard(answer.json()["text"])
     finally:
         here.shutdown()
@@ -1782,7 +1778,7 @@ def test_repository_without_a_converted_model_is_refused(
 def test_nothing_reachable_and_nothing_cached(
     server: Served, cut_off: dict[str, str], tmp_path: Path
 ) -> None:
-    with serving(tmp_path, **cut_off) as alone:
+    with serving(tmp_path, patch="whisper_server.FETCH_WAIT_SECONDS = 300", **cut_off) as alone:
         assert alone.http.get("/health").status_code == 200
         answer = alone.post()
         assert answer.status_code == 503
@@ -2167,16 +2163,14 @@ def half_sent(served: Served, path: str = AZURE) -> Iterator[Callable[[], httpx.
     request = request_bytes("half", body, path=path)
     with socket.create_connection(("127.0.0.1", int(served.port)), timeout=60) as connection:
         connection.sendall(request[: -len(body) // 2])
-        while served.health()["requests"]["in_work"] == 0:
-            time.sleep(0.02)
+        in_time(lambda: served.health()["requests"]["in_work"])
 
         def finish() -> httpx.Response:
             connection.sendall(request[-len(body) // 2 :])
             return parsed(b"".join(iter(lambda: connection.recv(65536), b"")))
 
         yield finish
-    while served.process.poll() is None and served.health()["requests"]["in_work"]:
-        time.sleep(0.02)
+    in_time(lambda: served.process.poll() is not None or not served.health()["requests"]["in_work"], 120)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2874,8 +2868,15 @@ def test_row_58_a_client_tries_again_after_429() -> None:
 
 def test_row_58_a_client_comes_back_when_it_was_told_to(narrow: Served) -> None:
     """The same with our own 429: the client comes back by itself, and by then there is room."""
+    full = "exceeded the limit"
+    before = narrow.log().count(full)
     with half_sent(narrow) as finish:
-        holder = threading.Timer(0.3, finish)  # the place is given back while the client waits
+
+        def give_back() -> None:  # the place, while the client waits
+            in_time(lambda: narrow.log().count(full) > before)
+            finish()
+
+        holder = threading.Thread(target=give_back)
         holder.start()
         client = azure(narrow.url, max_retries=5)
         answer = client.audio.transcriptions.with_raw_response.create(model="w", file=ENGLISH.path)
@@ -3079,7 +3080,7 @@ def test_without_a_key_nothing_but_health_and_the_page(locked: Served, headers: 
 def test_keys_are_never_shown(locked: Served) -> None:
     ask(locked, headers={"api-key": "s3cret-guess"})
     ask(locked, headers={"api-key": "second"}, method="GET")
-    shown = locked.log() + ask(locked, "/health", method="GET").text
+    shown = locked.log().replace("its first words", "") + ask(locked, "/health", method="GET").text
     assert ask(locked, "/", method="GET").content == (HERE / "index.html").read_bytes()
     assert not re.search(r"s3cret|\b(first|second)\b", shown)
 
@@ -3321,7 +3322,7 @@ def test_a_failure_midway_ends_the_stream_properly(server: Served) -> None:
         got = b""
         while b"delta" not in got:  # before it, the file would be done again
             got += next(pieces)
-        os.kill(server.child() or 0, signal.SIGKILL)
+        os.kill(worker_of(server), signal.SIGKILL)
         got += b"".join(pieces)  # raises unless the last chunk comes
     assert b"[DONE]" not in got and b"transcript.text.done" not in got
     last = json.loads(got.split(b"data: ")[-1])
@@ -3976,7 +3977,7 @@ def test_server_without_the_page_s_file_says_so(tmp_path: Path) -> None:
 
 HURRIED = """
 whisper_server.HEAD_SECONDS = whisper_server.STALL_SECONDS = 2
-whisper_server.IDLE_CONNECTION_SECONDS = 3
+whisper_server.IDLE_CONNECTION_SECONDS = 4  # not the same: httpx reuses what is just being closed
 whisper_server.MAX_CONNECTIONS = 8
 whisper_server.LINGER_SECONDS = 1
 """
@@ -4055,11 +4056,11 @@ def test_idle_connections_make_room_for_new_ones(hurried: Served) -> None:
 
 def test_connections_are_capped_when_none_is_idle(hurried: Served) -> None:
     with contextlib.ExitStack() as held:
-        in_time(lambda: len(list(Path(f"/proc/{hurried.process.pid}/task").iterdir())) < 4)
+        in_time(lambda: len(list(Path(f"/proc/{hurried.process.pid}/task").iterdir())) == 1)
         for _ in range(8):
             connection = held.enter_context(connect(hurried))
             connection.sendall(b"GET /health HTTP/1.1\r\n")
-        time.sleep(0.5)  # for all of them to have begun
+        time.sleep(1)  # for all of them to have begun; after 3 s they are cut
         with connect(hurried) as one_more:
             data = ended(one_more)
         assert statuses(data) == [503] and b"Connection: close" in data
@@ -4087,7 +4088,7 @@ def test_answer_to_a_client_that_reads_slowly_is_whole(tmp_path: Path) -> None:
 
 def test_client_that_never_reads_its_answer_is_cut(tmp_path: Path) -> None:
     patch = """
-    whisper_server.STALL_SECONDS = 1
+    whisper_server.STALL_SECONDS = 3
     def page(self):
         self.reply(200, "text/plain", b"x" * 40_000_000)
     whisper_server.Handler.page = page
@@ -4133,7 +4134,7 @@ def test_long_file_tells_how_far_it_is(tmp_path: Path) -> None:
             assert work["seconds_known"] == 120 and work["percent"] == int(work["seconds_done"] / 1.2)
     assert 1 < seen[-1]["speed"] < 60  # four windows of 12 s take 1.5 s
     logged = [int(percent) for percent in re.findall(FAR, served.log())]
-    assert logged == sorted(logged) and len(set(logged)) >= 2 and logged[-1] < 100
+    assert logged == sorted(logged) and len(set(logged)) >= 2 and logged[0] < 100
     assert "secret" not in served.log()
 
 
@@ -4718,6 +4719,13 @@ def gone(pid: int) -> bool:
         return True
 
 
+def worker_of(served: Served) -> int:
+    """The process id of the worker, which has to be there: kill(0) would end the tests."""
+    pid = served.child()
+    assert pid
+    return pid
+
+
 def open_files(pid: int) -> list[str]:
     """What a process holds open, as the system spells it."""
     names = []
@@ -4780,23 +4788,21 @@ def test_worker_dies_and_requests_are_answered_right(mortal: Served, when: str, 
     begun = len(mortal.log())
     if when == "idle":
         assert heard_right(mortal)
-        first = mortal.child()
-        assert first
+        first = worker_of(mortal)
         os.kill(first, number)
         in_time(lambda: "died" in mortal.log()[begun:])
-        state = mortal.health()["models"]["base"]
-        assert state == {"state": "not loaded", "last_death": f"exit code -{number}"}
+        state = {"state": "not loaded", "last_death": f"exit code -{int(number)}"}
+        in_time(lambda: mortal.health()["models"]["base"] == state)
         assert heard_right(mortal)
     else:
         if when == "loading" and mortal.child():
-            os.kill(mortal.child() or 0, signal.SIGKILL)
+            os.kill(worker_of(mortal), signal.SIGKILL)
             in_time(lambda: "died" in mortal.log()[begun:])
             begun = len(mortal.log())
         with asking(mortal, 2) as answers:
             sign = "loading from" if when == "loading" else r"window of request \d+"
-            in_time(lambda: re.search(sign, mortal.log()[begun:]), 60)
-            first = mortal.child()
-            assert first
+            in_time(lambda: re.search(sign, mortal.log()[begun:]) and len(mortal.health()["work"]) == 2, 60)
+            first = worker_of(mortal)
             os.kill(first, number)
             for answer in answers:
                 assert answer.result().status_code == 200
@@ -4809,12 +4815,12 @@ def test_worker_dies_and_requests_are_answered_right(mortal: Served, when: str, 
 
 def test_stream_that_has_begun_ends_in_an_error_when_the_worker_dies(tmp_path: Path) -> None:
     with serving(tmp_path, patch=WORDY + "SECONDS = 0.5", VAD="0") as served:
-        sound = {"file": ("a.wav", noise(120))}
+        sound = {"file": ("a.wav", noise(600))}
         with served.http.stream("POST", OPENAI, data={"model": "w", "stream": "true"}, files=sound) as answer:
             got = ""
             for line in answer.iter_lines():
                 if "delta" in line and "delta" not in got:
-                    os.kill(served.child() or 0, signal.SIGKILL)
+                    os.kill(worker_of(served), signal.SIGKILL)
                 got += line + "\n"
         assert '"error"' in got and "died" in got and "[DONE]" not in got
         assert words(served) == 1
@@ -4955,13 +4961,16 @@ def test_kubernetes_startup_waits_for_the_model(server: Served, tmp_path: Path) 
 
 # -- hangs -----------------------------------------------------------------------------------------
 
-IMPATIENT = WORDY + "whisper_server.STEP_SECONDS = 1\n"
+# The parent alone: its child imports libraries within a step, which may take seconds on a busy machine.
+IMPATIENT = WORDY + """
+whisper_server.STEP_SECONDS, whisper_server.LOAD_SECONDS = 2 if __name__ == "__main__" else 10, 5
+"""
 
 
 def test_worker_that_hangs_is_ended_and_its_request_done_again(tmp_path: Path) -> None:
     with serving(tmp_path, patch=IMPATIENT, VAD="0") as served:
         assert words(served) == 1
-        first = served.child() or 0
+        first = worker_of(served)
         os.kill(first, signal.SIGSTOP)
         assert words(served) == 1
         assert "hangs; ending it" in served.log() and gone(first) and served.child() != first
@@ -4981,16 +4990,14 @@ whisper_server.fetch_model = lambda model, offline, progress: whisper_server.Pat
     with serving(tmp_path, patch=IMPATIENT + fetching, VAD="0") as served:
         in_time(lambda: served.health()["models"]["base"]["state"] == "not loaded" and served.child())
         served.wait_for("files are in")
-        os.kill(served.child() or 0, signal.SIGSTOP)
+        os.kill(worker_of(served), signal.SIGSTOP)
         assert words(served) == 1 and "hangs; ending it" in served.log()
 
 
 def test_health_answers_while_a_hung_worker_reads_nothing(tmp_path: Path) -> None:
-    with serving(
-        tmp_path, patch=IMPATIENT.replace("STEP_SECONDS = 1", "STEP_SECONDS = 4"), VAD="0"
-    ) as served:
+    with serving(tmp_path, patch=IMPATIENT.replace("= 2 if", "= 4 if"), VAD="0") as served:
         assert words(served) == 1
-        os.kill(served.child() or 0, signal.SIGSTOP)
+        os.kill(worker_of(served), signal.SIGSTOP)
         with asking(served, 16, sound=SHORT, prompt="x" * 60_000) as answers:  # more than a pipe holds
             in_time(lambda: served.health()["requests"]["in_work"] >= 16)
             time.sleep(1)
@@ -5009,13 +5016,13 @@ def flac_with_tags(count: int, seconds: int = 1) -> bytes:
 
 
 def test_file_that_hangs_ffmpeg_is_refused_and_costs_nobody_else_anything(tmp_path: Path) -> None:
-    patch = WORDY.replace("SECONDS = False, 0.0", "SECONDS = False, 0.4") + "whisper_server.STEP_SECONDS = 3"
+    patch = WORDY.replace("SECONDS = False, 0.0", "SECONDS = False, 0.4") + "whisper_server.STEP_SECONDS = 5"
     tagged = flac_with_tags(300_000)  # 20 minutes
     with serving(tmp_path, patch=patch, VAD="0") as served, asking(served, 2, sound=noise(600)) as others:
         served.wait_for("window of request")
         for _ in range(2):  # an innocent request may be hit more often than it may have tries
             answer = served.post(sound=tagged)
-            assert answer.status_code == 400 and "not understood within 3 s" in answer.text, answer.text
+            assert answer.status_code == 400 and "not understood within 5 s" in answer.text, answer.text
         with asking(served, 3, sound=SHORT) as clips:  # not after the long ones
             assert [clip.result().status_code for clip in clips] == [200] * 3
             assert not any(other.done() for other in others)
@@ -5026,7 +5033,7 @@ def test_file_that_hangs_ffmpeg_is_refused_and_costs_nobody_else_anything(tmp_pa
 
 
 def test_client_that_leaves_a_file_that_hangs_ffmpeg_leaves_no_work_behind(tmp_path: Path) -> None:
-    patch = WORDY + "whisper_server.STEP_SECONDS = 2"
+    patch = WORDY + "whisper_server.STEP_SECONDS = 4"
     with serving(tmp_path, patch=patch, VAD="0") as served:
         assert words(served) == 1
         with connect(served) as connection:
@@ -5040,7 +5047,7 @@ def test_client_that_leaves_a_file_that_hangs_ffmpeg_leaves_no_work_behind(tmp_p
 def test_model_that_hangs_is_noticed_while_new_requests_keep_coming(tmp_path: Path) -> None:
     stall = f"""
 import pathlib
-whisper_server.STEP_SECONDS, hung = 2, pathlib.Path({str(tmp_path / "hung")!r})
+whisper_server.STEP_SECONDS, hung = 4, pathlib.Path({str(tmp_path / "hung")!r})
 def transcribe(self, work, window):
     if work.options.prompt == "stall" and not hung.exists():
         hung.touch()
@@ -5155,7 +5162,7 @@ def test_first_signal_lets_requests_finish_and_takes_no_new_ones(tmp_path: Path,
         asking(served, 2, sound=SHORT) as answers,
     ):
         in_time(lambda: served.log().count("window of request") == 2)
-        child = served.child() or 0
+        child = worker_of(served)
         served.process.send_signal(number)
         served.wait_for("stopping")
         refused_now = served.http.post(AZURE, files={"file": ("a.wav", SHORT)})
@@ -5181,7 +5188,7 @@ def test_grace_period_ends(tmp_path: Path) -> None:
     with serving(tmp_path, patch=patch, VAD="0") as served, connect(served) as connection:
         connection.sendall(post_of(form_of()))
         served.wait_for("window of request")
-        child = served.child() or 0
+        child = worker_of(served)
         served.process.send_signal(signal.SIGTERM)
         assert served.process.wait(15) == 0 and gone(child)
 
@@ -5190,7 +5197,7 @@ def test_second_signal_ends_at_once(tmp_path: Path) -> None:
     with serving(tmp_path, patch=WORDY + "SECONDS = 60", VAD="0") as served, connect(served) as connection:
         connection.sendall(post_of(form_of()))
         served.wait_for("window of request")
-        child = served.child() or 0
+        child = worker_of(served)
         served.process.send_signal(signal.SIGTERM)
         served.wait_for("stopping")
         served.process.send_signal(signal.SIGTERM)
@@ -5235,7 +5242,7 @@ if __name__ == "__main__" and os.getpid() != 1:  # not allowed here; a subreaper
             served.pid = next(iter(descended(served)))
         for _ in range(2):
             assert words(served) == 1
-            child = served.child() or 0
+            child = worker_of(served)
             os.kill(child, signal.SIGKILL)
             orphans = in_time(
                 lambda: [
@@ -5793,7 +5800,7 @@ whisper_server.KILL_SECONDS = 1
 """
     with serving(tmp_path, patch=IMPATIENT + held, VAD="0") as served:
         assert words(served) == 1
-        first = served.child() or 0
+        first = worker_of(served)
         os.kill(first, signal.SIGSTOP)
         try:
             assert words(served) == 1 and not gone(first)
@@ -6177,7 +6184,7 @@ def test_many_mixed_requests_leave_nothing_behind(tmp_path: Path) -> None:  # no
         for _ in range(3):
             assert [*pool.map(ask, range(100))] == [expected[number % 10] for number in range(100)]
             in_time(lambda: served.health()["requests"]["in_work"] == 0)
-            pids = served.process.pid, served.child() or 0
+            pids = served.process.pid, worker_of(served)
             served.http.close()
             served.http = httpx.Client(base_url=served.url, timeout=120)
             in_time(lambda pids=pids: level(pids[0])[0] <= 4)
