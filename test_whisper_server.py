@@ -63,7 +63,7 @@ import tokenizers
 import yaml
 from faster_whisper.feature_extractor import FeatureExtractor
 from faster_whisper.tokenizer import _LANGUAGE_CODES
-from hypothesis import assume, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from openai.types.audio import (
     Transcription,
@@ -284,7 +284,13 @@ def test_english_speech_is_heard(server: Served) -> None:
     assert wrong(answer.json()["text"], ENGLISH.said) <= 0.2
 
 
-settings.register_profile("unhurried", deadline=None)  # a busy machine is no fault
+# A busy machine is no fault; nobody should have to wonder what an unlucky draw has to do with their change.
+settings.register_profile(
+    "unhurried",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=bool(os.getenv("CI")),
+)
 settings.load_profile("unhurried")
 
 
@@ -3663,9 +3669,6 @@ def test_a_part_without_a_name_is_dropped(server: Served) -> None:
     assert is_json(exchange(server, request_bytes(HEX, form_bytes(HEX, *parts))))
 
 
-settings.register_profile("unhurried", deadline=None)  # a busy machine is no fault
-settings.load_profile("unhurried")
-
 # ------------------------------------------------------------------------------------------------
 # hostile input: what its tests share
 # ------------------------------------------------------------------------------------------------
@@ -4726,6 +4729,13 @@ def worker_of(served: Served) -> int:
     return pid
 
 
+def command_of(pid: int) -> bytes:
+    """The command line of a process; empty if it has ended meanwhile."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
 def open_files(pid: int) -> list[str]:
     """What a process holds open, as the system spells it."""
     names = []
@@ -4963,7 +4973,7 @@ def test_kubernetes_startup_waits_for_the_model(server: Served, tmp_path: Path) 
 
 # The parent alone: its child imports libraries within a step, which may take seconds on a busy machine.
 IMPATIENT = WORDY + """
-whisper_server.STEP_SECONDS, whisper_server.LOAD_SECONDS = 2 if __name__ == "__main__" else 10, 5
+whisper_server.STEP_SECONDS, whisper_server.LOAD_SECONDS = 4 if __name__ == "__main__" else 10, 5
 """
 
 
@@ -4995,15 +5005,14 @@ whisper_server.fetch_model = lambda model, offline, progress: whisper_server.Pat
 
 
 def test_health_answers_while_a_hung_worker_reads_nothing(tmp_path: Path) -> None:
-    with serving(tmp_path, patch=IMPATIENT.replace("= 2 if", "= 4 if"), VAD="0") as served:
+    with serving(tmp_path, patch=IMPATIENT.replace("= 4 if", "= 10 if"), VAD="0") as served:
         assert words(served) == 1
         os.kill(worker_of(served), signal.SIGSTOP)
         with asking(served, 16, sound=SHORT, prompt="x" * 60_000) as answers:  # more than a pipe holds
             in_time(lambda: served.health()["requests"]["in_work"] >= 16)
             time.sleep(1)
-            asked = time.monotonic()
-            assert httpx.get(served.url + "/health", timeout=20).status_code == 200
-            assert time.monotonic() - asked < 2.5  # not first when the deadline has ended the hang
+            assert httpx.get(served.url + "/health", timeout=60).status_code == 200
+            assert "hangs; ending it" not in served.log()  # it did not wait until that was over
             assert [answer.result().status_code for answer in answers] == [200] * 16
 
 
@@ -5016,7 +5025,7 @@ def flac_with_tags(count: int, seconds: int = 1) -> bytes:
 
 
 def test_file_that_hangs_ffmpeg_is_refused_and_costs_nobody_else_anything(tmp_path: Path) -> None:
-    patch = WORDY.replace("SECONDS = False, 0.0", "SECONDS = False, 0.4") + "whisper_server.STEP_SECONDS = 5"
+    patch = WORDY.replace("SECONDS = False, 0.0", "SECONDS = False, 0.8") + "whisper_server.STEP_SECONDS = 5"
     tagged = flac_with_tags(300_000)  # 20 minutes
     with serving(tmp_path, patch=patch, VAD="0") as served, asking(served, 2, sound=noise(600)) as others:
         served.wait_for("window of request")
@@ -5033,12 +5042,19 @@ def test_file_that_hangs_ffmpeg_is_refused_and_costs_nobody_else_anything(tmp_pa
 
 
 def test_client_that_leaves_a_file_that_hangs_ffmpeg_leaves_no_work_behind(tmp_path: Path) -> None:
-    patch = WORDY + "whisper_server.STEP_SECONDS = 4"
-    with serving(tmp_path, patch=patch, VAD="0") as served:
+    patch = """
+whisper_server.STEP_SECONDS, begin = 4, whisper_server.Heard.begin_step
+def begin_step(self):
+    begin(self)
+    whisper_server.log.info("step of request %d", self.work.id)
+whisper_server.Heard.begin_step = begin_step
+"""
+    with serving(tmp_path, patch=WORDY + patch, VAD="0") as served:
         assert words(served) == 1
         with connect(served) as connection:
             connection.sendall(post_of(form_of(part_of("file", flac_with_tags(300_000), "a.flac"))))
-            in_time(lambda: kept_uploads(served))
+            served.wait_for("step of request 2")
+            assert kept_uploads(served)
         served.wait_for("hangs; ending it")
         in_time(lambda: served.child() is None and "Z" not in descended(served).values())
         assert words(served) == 1 and in_time(lambda: not kept_uploads(served))
@@ -5079,6 +5095,8 @@ def test_two_files_are_decoded_at_a_time_in_little_memory_and_a_clip_passes(tmp_
 import threading
 listening, now, real = threading.Lock(), [0], whisper_server.find_speech
 def counted(samples, vad):
+    if len(samples) < 100 * 16000:
+        return []  # the clip takes no turn
     with listening:
         now[0] += 1
     whisper_server.log.info("at once: %d, %d s", now[0], len(samples) // 16000)
@@ -5119,10 +5137,10 @@ def test_client_leaves_and_its_windows_are_dropped(tmp_path: Path, stream: str) 
         with asking(served, 2, sound=SHORT) as others:
             served.wait_for("request 1: dropped")
             assert [answer.result().status_code for answer in others] == [200, 200]
+        in_time(lambda: served.health()["requests"]["in_work"] == 0)
         begun = served.log().count("window of request 1\n")
         time.sleep(0.5)
-        assert served.log().count("window of request 1\n") == begun < 20
-        in_time(lambda: served.health()["requests"]["in_work"] == 0)
+        assert served.log().count("window of request 1\n") == begun < 45
         in_time(lambda: not kept_uploads(served))
 
 
@@ -5138,8 +5156,17 @@ def test_client_leaves_while_it_uploads(server: Served) -> None:
 
 
 def test_full_queue_answers_before_the_upload_and_health_always(tmp_path: Path) -> None:
-    with serving(tmp_path, patch=WORDY + "SECONDS = 1", MAX_QUEUE="20", VAD="0") as served:
+    patch = f"""
+gate, spoken = whisper_server.Path({str(tmp_path / "open")!r}), Wordy.transcribe
+def transcribe(self, work, window):
+    while work.id > 1 and not gate.exists():
+        time.sleep(0.05)
+    return spoken(self, work, window)
+Wordy.transcribe = transcribe
+"""
+    with serving(tmp_path, patch=WORDY + patch, MAX_QUEUE="20", VAD="0") as served:
         assert words(served) == 1
+        in_time(lambda: served.health()["requests"]["in_work"] == 0)
         with asking(served, 20, sound=SHORT) as answers:
             in_time(lambda: served.health()["requests"]["in_work"] == 20)
             with connect(served) as connection:
@@ -5148,6 +5175,7 @@ def test_full_queue_answers_before_the_upload_and_health_always(tmp_path: Path) 
                 data = answered(connection)
             assert statuses(data) == [429] and re.search(rb"retry-after: [1-9]", data)
             assert served.health()["requests"]["in_work"] == 20
+            (tmp_path / "open").touch()
             assert [answer.result().status_code for answer in answers] == [200] * 20
         assert words(served) == 1
 
@@ -5158,7 +5186,7 @@ def test_full_queue_answers_before_the_upload_and_health_always(tmp_path: Path) 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_first_signal_lets_requests_finish_and_takes_no_new_ones(tmp_path: Path, number: int) -> None:
     with (
-        serving(tmp_path, patch=WORDY + "SECONDS = 2", VAD="0") as served,
+        serving(tmp_path, patch=WORDY + "SECONDS = 5", VAD="0") as served,
         asking(served, 2, sound=SHORT) as answers,
     ):
         in_time(lambda: served.log().count("window of request") == 2)
@@ -5244,11 +5272,7 @@ if __name__ == "__main__" and os.getpid() != 1:  # not allowed here; a subreaper
             assert words(served) == 1
             child = worker_of(served)
             os.kill(child, signal.SIGKILL)
-            orphans = in_time(
-                lambda: [
-                    pid for pid in descended(served) if b"sleep" in Path(f"/proc/{pid}/cmdline").read_bytes()
-                ]
-            )
+            orphans = in_time(lambda: [pid for pid in descended(served) if b"sleep" in command_of(pid)])
             in_time(lambda orphans=orphans: not any(Path(f"/proc/{pid}").exists() for pid in orphans))
             assert "Z" not in descended(served).values() and not Path(f"/proc/{child}").exists()
         assert words(served) == 1
@@ -5572,7 +5596,7 @@ def test_throwaway_processes_may_fail_crash_and_hang() -> None:
     assert "died (exit code -6)" in throw(60, os.abort)
     started = time.monotonic()
     assert throw(1, time.sleep, 1000) == "did not end within 1 s" and time.monotonic() - started < 60
-    in_time(lambda: not [one for one in psutil.Process().children() if "spawn_main" in str(one.cmdline())])
+    in_time(lambda: not any(b"spawn_main" in command_of(one.pid) for one in psutil.Process().children()))
 
 
 def made_up(root: Path, code: str = "") -> str:
@@ -5698,7 +5722,7 @@ PROBES = {
 @pytest.mark.parametrize("how", PROBES)
 def test_probe_that_fails_leads_to_the_cpu(tmp_path: Path, how: str) -> None:
     body, why = PROBES[how]
-    code = f"def probe():\n    {body}\nwhisper_server.PROBE_SECONDS = 1\n"
+    code = f"def probe():\n    {body}\n" + "whisper_server.PROBE_SECONDS = 1\n" * (how == "hangs")
     with serving(tmp_path, patch=on_a_machine(tmp_path, code), VAD="0") as served:
         assert words(served) == 1
         state = served.health()["models"]["base"]
@@ -5723,7 +5747,7 @@ def test_server_that_dies_during_a_self_test_leaves_no_process(tmp_path: Path) -
         one.sendall(post_of(form_of()))
         child = psutil.Process(in_time(served.child))
         (probing,) = in_time(child.children)
-        assert served.health()["models"]["base"]["state"] == "testing the GPU"
+        in_time(lambda: served.health()["models"]["base"]["state"] == "testing the GPU")
         served.process.kill()
         in_time(lambda: gone(probing.pid) and gone(child.pid))
 
@@ -5984,6 +6008,7 @@ def test_out_of_descriptors_those_inside_go_on(tmp_path: Path) -> None:
     few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))\n"
     with serving(tmp_path, patch=few + WORDY, VAD="0") as served:
         assert words(served) == 1
+        calm = len(open_files(served.process.pid))
         with contextlib.ExitStack() as held, connect(served) as inside:
             inside.sendall(lines_of(HEALTH, HOST, ""))
             answered(inside)
@@ -6001,7 +6026,7 @@ def test_out_of_descriptors_those_inside_go_on(tmp_path: Path) -> None:
             assert spent < 0.5 * os.sysconf("SC_CLK_TCK")  # it does not spin on accept
             inside.sendall(post_of(form_of(part_of("file", SHORT, "a.wav"))))
             assert statuses(answered(inside))[0] in (200, 503, 507)
-        in_time(lambda: len(open_files(served.process.pid)) < 40)
+        in_time(lambda: len(open_files(served.process.pid)) <= calm + 2)
         assert words(served) == 1
 
 
@@ -6178,7 +6203,11 @@ def test_many_mixed_requests_leave_nothing_behind(tmp_path: Path) -> None:  # no
             return statuses(served.raw(UNREADABLE["te-and-length"]))[0]
         return served.post(sound=noise(20), response_format="verbose_json").status_code
 
-    with serving(tmp_path, patch=WORDY + "SECONDS = 0.02", VAD="0") as served, ThreadPoolExecutor(16) as pool:
+    patch = """
+SECONDS, pool = 0.02, whisper_server.ThreadPoolExecutor
+whisper_server.ThreadPoolExecutor = lambda max_workers, **named: pool(3, **named)
+"""  # full from the first round on: nothing may grow after it
+    with serving(tmp_path, patch=WORDY + patch, VAD="0") as served, ThreadPoolExecutor(16) as pool:
         expected = {0: 500, 1: 400, 2: 400, 3: 200, 4: 0, 5: 0, 6: 400, 7: 400, 8: 200, 9: 200}
         levels = []
         for _ in range(3):
@@ -6187,7 +6216,7 @@ def test_many_mixed_requests_leave_nothing_behind(tmp_path: Path) -> None:  # no
             pids = served.process.pid, worker_of(served)
             served.http.close()
             served.http = httpx.Client(base_url=served.url, timeout=120)
-            in_time(lambda pids=pids: level(pids[0])[0] <= 4)
+            in_time(lambda pids=pids: level(pids[0])[0] <= 4 and not kept_uploads(served))
             levels.append([level(pid) for pid in pids])
         for first, last in zip(levels[0], levels[-1], strict=True):
             assert last[0] <= first[0] + 2 and last[1] <= first[1] + 2, levels

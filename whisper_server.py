@@ -2425,6 +2425,7 @@ class Child:
         log.info("model %s: loading from %s", self.model, directory)
         started = time.monotonic()
         loaded = Engine(directory, self.settings, device, self.busy)
+        self.busy(0, "load")  # before anybody uses it: a hang from here on is another step's
         seconds = round(time.monotonic() - started, 2)
         name = " ".join([device.name, device.gfx, *map("=".join, device.environment.items())])
         why = f"; not on a GPU: {device.why}" if device.why else ""
@@ -3604,8 +3605,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # -- replies: the one place that writes them --------------------------------------------------
 
-    def send_head(self, status: int, headers: Iterable[tuple[str, str]], reason: str | None = None) -> None:
-        """Status line and headers, those that every answer has among them (contract §5.1)."""
+    def send_head(
+        self, status: int, headers: Iterable[tuple[str, str]], reason: str | None = None, body: bytes = b""
+    ) -> None:
+        """Status line and headers, those that every answer has among them (contract §5.1).
+
+        A body goes out in the same packet: a proxy never has the head of an answer that is lost.
+        """
         self.status, self.head_sent = status, True
         if self.body is not None and not self.body.finished:
             self.close_connection = True  # what is left of the body must not become the next request
@@ -3614,7 +3620,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         if self.close_connection:
             self.send_header("Connection", "close")
+        self.wfile = head = io.BytesIO()
         self.end_headers()
+        self.wfile = self.wire  # type: ignore[assignment]
+        self.wfile.write(head.getvalue() + body)
 
     @property
     def name(self) -> str:
@@ -3674,9 +3683,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             named.append(("x-request-id", number))
         if status != 204:
             named.append(("Content-Length", str(len(body))))
-        self.send_head(status, [*named, *headers], reason)
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.send_head(status, [*named, *headers], reason, b"" if self.command == "HEAD" else body)
         self.log_answer(len(body))
 
     def refuse(self, refusal: Refusal) -> None:

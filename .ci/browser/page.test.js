@@ -71,7 +71,7 @@ before(async () => {
     "disable-sync", "use-fake-ui-for-media-stream", "use-fake-device-for-media-stream",
     `use-file-for-fake-audio-capture=${microphone}`, "host-resolver-rules=MAP 192.168.77.7 127.0.0.1"];
   const args = ["--no-sandbox", ...flags.map((flag) => `--${flag}`)];
-  browser = await chromium.launch({ executablePath: CHROMIUM, args });
+  browser = await chromium.launch({ executablePath: CHROMIUM, args, timeout: 120_000 });
 });
 
 after(async () => {
@@ -169,6 +169,7 @@ onPage("a segment plays its part", {}, async (page) => {
     await page.evaluate(() => {
       window.played = [];
       const player = document.getElementById("player");
+      player.playbackRate = 0.5; // so that a busy machine stops it in time, too
       player.ontimeupdate = () => window.played.push(player.currentTime);
       window.stopped = new Promise((resolve) => player.addEventListener("pause", () => resolve(player.currentTime), { once: true }));
     });
@@ -178,7 +179,7 @@ onPage("a segment plays its part", {}, async (page) => {
     const played = await page.evaluate(() => window.played);
     const { start, end: expected } = segments[at];
     assert.ok(played.length && Math.min(...played) > start - 0.1, `${played} begins before ${start}`);
-    assert.ok(end > start + 0.5 && Math.abs(end - expected) < 0.4, `${end} is not ${expected}`);
+    assert.ok(end > start + 0.5 && Math.abs(end - expected) < 0.8, `${end} is not ${expected}`);
   }
   await page.evaluate(() => document.getElementById("player").play()); // from there on it plays freely
   const at = await page.evaluate(() => document.getElementById("player").currentTime);
@@ -225,8 +226,8 @@ onPage("the curl of a file with an odd name", { url: () => locked.at("localhost"
   const odd = path.join(folder, "it's \"my\" $HOME; `x` \\ 音.wav");
   fs.copyFileSync(fox, odd);
   await transcribe(page, odd);
-  await page.click("#copy-curl");
-  assert.match(await shown(page, "#copy-curl"), /Copied/);
+  const copied = page.waitForFunction(() => /Copied/.test(document.getElementById("copy-curl").textContent));
+  await Promise.all([copied, page.click("#copy-curl")]);
   const command = await shown(page, "#curl");
   assert.ok(!command.includes("opensesame"));
   const env = { ...process.env, WHISPER_API_KEY: "opensesame" };
@@ -365,7 +366,7 @@ onPage("by keyboard alone", {}, async (page) => {
 
 onPage("what the microphone hears", {}, async (page) => {
   await page.click("#record");
-  await page.waitForFunction(() => /^Stop · 0:04/.test(document.getElementById("record").textContent));
+  await page.waitForFunction(() => /^Stop · 0:(0[89]|[1-5]\d)/.test(document.getElementById("record").textContent));
   await page.click("#record");
   await page.waitForFunction(() => /^recording\.webm/.test(document.getElementById("sound").textContent));
   await page.click("#go");
@@ -391,7 +392,7 @@ onPage("plain http from another machine: no recording, and why; all else works",
 
 onPage("an upload shows how far it is, and can be stopped", {}, async (page, context) => {
   const network = await context.newCDPSession(page);
-  const slow = { offline: false, latency: 0, downloadThroughput: -1, uploadThroughput: 100_000 };
+  const slow = { offline: false, latency: 0, downloadThroughput: -1, uploadThroughput: 20_000 };
   await network.send("Network.emulateNetworkConditions", slow);
   await page.setInputFiles("#file", several);
   await page.click("#go");
@@ -405,8 +406,10 @@ onPage("an upload shows how far it is, and can be stopped", {}, async (page, con
 onPage("a transcription shows how far it is", {}, async (page) => {
   let id, asked = 0;
   page.on("request", (request) => (id = request.headers()["x-ms-client-request-id"] ?? id));
-  await page.route("**/transcriptions*", async (route) => { // it lasts until two looks at /health
-    while (asked < 2) await new Promise((resolve) => setTimeout(resolve, 50));
+  let release;
+  const seen = new Promise((resolve) => (release = resolve));
+  await page.route("**/transcriptions*", async (route) => { // it lasts until the page has shown how far it is
+    await seen;
     await route.continue();
   });
   await page.route("**/health", async (route) => { // a file long enough to see would take too long
@@ -419,8 +422,10 @@ onPage("a transcription shows how far it is", {}, async (page) => {
   await page.setInputFiles("#file", fox);
   await page.click("#go");
   await page.waitForFunction(() => document.getElementById("far").textContent === "Transcribing · 42 % · 12.3×");
+  release();
   await page.waitForSelector("#result:not([hidden])");
   heard(await shown(page, "#segments"));
+  await page.unrouteAll({ behavior: "wait" }); // a look at /health may be under way
 });
 
 onPage("the server's own word of a long file is shown", {}, async (page) => {
@@ -441,7 +446,7 @@ onPage("the server is left alone while nobody looks", {}, async (page) => {
   const pass = async (seconds) => {
     for (let passed = 0; passed < seconds; passed += 5) {
       await page.clock.runFor(5000);
-      await new Promise((resolve) => setTimeout(resolve, 100)); // for the answer to come
+      await new Promise((resolve) => setTimeout(resolve, 300)); // for the answer to come
     }
   };
   const turn = (hidden) => page.evaluate((hidden) => {
