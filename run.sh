@@ -96,7 +96,7 @@ if [[ ${1-} == test ]]; then
   shift
   setup requirements.txt requirements-test.txt
   cd "$here"
-  exec "$venv/bin/python" -m pytest "$@"
+  exec "$venv/bin/python" -m pytest --numprocesses 2 "$@" # they mostly wait; 0 for a debugger
 fi
 
 [[ ! -f $here/.env ]] || load_env "$here/.env"
