@@ -85,7 +85,7 @@ setup() { # FILE...
   exec 9<"$here/run.sh"
   if command -v flock >/dev/null && ! flock -n 9; then
     printf 'run.sh: another ./run.sh is installing; waiting for it\n' >&2
-    flock 9
+    flock 9 || true # which some network file systems refuse
   fi
   installed "$@" || install "$@"
   exec 9<&-
@@ -94,6 +94,8 @@ setup() { # FILE...
 if [[ ${1-} == test ]]; then
   [[ ${WHISPER_IN_IMAGE-} != 1 ]] || die "the tests run on a host, not in the image"
   shift
+  [[ ! -f $here/.env ]] || load_env "$here/.env" # for PIP_INDEX_URL, say
+  [[ -z ${!WHISPER_@} ]] || unset "${!WHISPER_@}" # the tests choose their own
   setup requirements.txt requirements-test.txt
   cd "$here"
   exec "$venv/bin/python" -m pytest --numprocesses 2 "$@" # they mostly wait; 0 for a debugger

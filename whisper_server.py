@@ -74,7 +74,7 @@ import multipart
 if TYPE_CHECKING:  # the child alone imports these, and only when it needs them
     import numpy
 
-    Samples = numpy.ndarray[Any, numpy.dtype[numpy.float32]]  # (samples,) at 16 kHz, -1 to 1
+    Samples = numpy.ndarray[Any, numpy.dtype[numpy.float32]]  # (samples,) at 16 kHz, -1 to 1 as a rule
 
 __version__ = "1.0.0"
 log = logging.getLogger("whisper")
@@ -117,6 +117,21 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def _keys(text: str) -> tuple[str, ...]:
+    """Never none: a list of two empty secrets would let everybody in."""
+    keys = _names(text)
+    if keys and text.isascii() and text.isprintable():  # all that a header carries unharmed
+        return keys
+    raise ValueError("keys of printable ASCII, comma-separated")
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    origins = _names(text)
+    if origins and all(re.fullmatch(r"null|[a-z][a-z0-9+.-]*://[^/\s*]+", one) for one in origins):
+        return origins
+    raise ValueError("origins as browsers send them, such as https://app.example, comma-separated")
+
+
 def _model_name(text: str) -> str:
     if text and text.isprintable():
         return text
@@ -126,7 +141,7 @@ def _model_name(text: str) -> str:
 def _deployments(text: str) -> dict[str, str]:
     """`a,b=small` -> `{"a": "", "b": "small"}`; the empty model means WHISPER_MODEL."""
     pairs = [name.partition("=") for name in _names(text)]
-    if all(name and (model or not equals) for name, equals, model in pairs):
+    if pairs and all(name and (model or not equals) for name, equals, model in pairs):
         return {name.strip(): model.strip() for name, _, model in pairs}
     raise ValueError("name or name=model, comma-separated")
 
@@ -164,13 +179,13 @@ class Settings:
     beam_size: int = _setting(5, _whole(1, 20))
     batch_size: int = _setting(0, _auto_or(_whole(1, 16)))  # windows in one generate; 0: auto
     vad: bool = _setting(True, _switch)
-    api_keys: tuple[str, ...] = _setting((), _names)  # empty: any key, or none, is accepted
+    api_keys: tuple[str, ...] = _setting((), _keys)  # empty: any key, or none, is accepted
     host: str = _setting("127.0.0.1", str)
     port: int = _setting(8000, _whole(0, 65535))  # 0: a free one, named in the log
-    allowed_origins: tuple[str, ...] = _setting((), _names)
+    allowed_origins: tuple[str, ...] = _setting((), _origins)
     max_upload_mb: int = _setting(1024, _whole(1, 1_000_000))
     max_audio_seconds: int = _setting(14400, _whole(1, 1_000_000))
-    max_queue: int = _setting(32, _whole(1, 10_000))
+    max_queue: int = _setting(32, _whole(1, 200))  # each holds one of MAX_CONNECTIONS
     idle_seconds: int = _setting(900, _whole(0, 10_000_000))  # 0: never unload
     preload: bool = _setting(False, _switch)
     offline: bool = _setting(False, _switch)
@@ -267,11 +282,10 @@ class Refusal(Exception):
         retry_after: float | None = None,  # seconds
         headers: tuple[tuple[str, str], ...] = (),
         literal: str | None = None,
-        reason: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.type = status, message, param, code, type
-        self.literal, self.reason = literal, reason
+        self.literal = literal
         self.headers = list(headers)
         if retry_after is not None:
             whole = max(1, math.ceil(retry_after))
@@ -676,15 +690,15 @@ def read_form(chunks: Iterable[bytes], boundary: bytes, sink: IO[bytes]) -> Form
     form = Form()
     files, name, text = 0, "", bytearray()
     parser = multipart.PushMultipartParser(
-        boundary, max_segment_count=MAX_PARTS, max_header_size=MAX_PART_HEADER
+        boundary, max_segment_count=MAX_PARTS, max_header_size=MAX_PART_HEADER, header_charset="latin-1"
     )
     try:
         with parser:
             for happening in itertools.chain.from_iterable(map(parser.parse, chunks)):
                 if isinstance(happening, multipart.MultipartSegment):
-                    name, text = happening.name or "?", bytearray()
+                    name, text = as_utf8(happening.name) or "?", bytearray()
                     if is_file(happening) and name == "file":
-                        files, name, form.filename = files + 1, "", happening.filename or "audio"
+                        files, name, form.filename = files + 1, "", as_utf8(happening.filename) or "audio"
                         if files > 1:
                             raise Refusal(400, "The form has two parts named 'file'; send one.", param="file")
                     elif is_file(happening):
@@ -703,6 +717,17 @@ def read_form(chunks: Iterable[bytes], boundary: bytes, sink: IO[bytes]) -> Form
     except multipart.MultipartError as error:
         raise Refusal(400, f"The body is not well-formed multipart/form-data: {error}.") from None
     return form
+
+
+def as_utf8(latin: str | None) -> str:
+    """A part's name or file name, read as Latin-1, as the UTF-8 it should be.
+
+    Windows' curl sends file names in the code page of the machine; they are no reason to refuse the sound.
+
+    >>> as_utf8("caf\xc3\xa9.wav"), as_utf8("caf\xe9.wav")
+    ('café.wav', 'caf\ufffd.wav')
+    """
+    return (latin or "").encode("latin-1", "replace").decode("utf-8", "replace")
 
 
 def is_file(part: multipart.MultipartSegment) -> bool:
@@ -796,6 +821,7 @@ DEMUXERS = (
     "mpeg,mpegts,oga,ogg,rm,tta,w64,wav,webm,wv"
 )
 GUESSED = ("aac", "ac3", "eac3")  # they declare no length; FFmpeg guesses it by the first frame's bit rate
+LOUDEST = 8.0  # eight equal channels make 4.4; what is more is no sound
 MAX_CHANNELS = 32  # FFmpeg's resampler mixes no more; 7.1 is the widest layout in use
 MAX_RATE = 1_000_000  # DXD has 352,800; beyond, FFmpeg's resampler asks for gigabytes
 MAX_BAD_PACKETS = 100_000  # a file of nothing but damage ends here, after a few seconds of CPU time
@@ -822,7 +848,10 @@ class Nameless:
 def decode(
     file: IO[bytes], max_seconds: float, declare: Callable[[float], None] = lambda seconds: None
 ) -> Iterator[Samples]:
-    """Blocks of sound from a media file: float32 (samples,) at 16 kHz, mono, within -1 to 1.
+    """Blocks of sound from a media file: float32 (samples,) at 16 kHz, mono, -1 to 1 as a rule.
+
+    Channels that say the same come out louder, up to LOUDEST: FFmpeg does not scale a mix of floats, and
+    a centre channel alone keeps its strength so. Nothing is cut off there; the model measures by the loudest.
 
     First `declare` hears how many seconds the file says it has, if it says so.
 
@@ -851,7 +880,7 @@ def decode(
                 seconds += len(sound) / RATE
                 if seconds > max_seconds:
                     raise too_long(max_seconds)
-                yield np.clip(np.nan_to_num(sound, nan=0.0), -1.0, 1.0)
+                yield np.clip(np.nan_to_num(sound, nan=0.0), -LOUDEST, LOUDEST)
     except (av.error.FFmpegError, ValueError, OSError) as error:
         failure = error
         if isinstance(error, MemoryError):
@@ -943,6 +972,11 @@ class Window:
     samples: Samples
     speech: list[tuple[float, float]]  # seconds within the window
 
+    @property
+    def spoken(self) -> float:
+        """Seconds of speech in it."""
+        return sum(end - start for start, end in self.speech)
+
 
 def plan_windows(
     speech: list[tuple[int, int]], length: int, limit: int, gap: int, pad: int
@@ -977,12 +1011,27 @@ def find_speech(samples: Samples, vad: bool) -> list[tuple[int, int]]:
 
     longest = WINDOW_SECONDS - 2 * PAD_SECONDS
     if not vad:
-        step = int(longest * RATE)
-        return [(at, min(at + step, len(samples))) for at in range(0, len(samples), step)]
+        return quiet_cuts(samples, int(longest * RATE))
     options = VadOptions(
         min_silence_duration_ms=160, speech_pad_ms=0, max_speech_duration_s=longest, threshold=0.4
     )
     return [(run["start"], run["end"]) for run in get_speech_timestamps(samples, options)]
+
+
+def quiet_cuts(samples: Samples, longest: int) -> list[tuple[int, int]]:
+    """Sound cut into runs of at most `longest` samples and a second, where it is quietest before that.
+
+    A cut anywhere goes through words, and a last run of milliseconds makes the model invent some.
+    """
+    import numpy as np
+
+    frame, room = RATE // 20, 3 * RATE  # samples: of 50 ms; in which a cut is looked for
+    cuts = [0]
+    while len(samples) - cuts[-1] > longest + RATE:
+        last = samples[cuts[-1] + longest - room : cuts[-1] + longest]
+        quietest = int(np.abs(last).reshape(-1, frame).mean(axis=1).argmin())
+        cuts.append(cuts[-1] + longest - room + quietest * frame + frame // 2)
+    return list(itertools.pairwise([*cuts, len(samples)]))
 
 
 def cut_windows(blocks: Iterable[Samples], vad: bool) -> Iterator[list[Window]]:
@@ -1069,6 +1118,7 @@ MODELS: dict[str, tuple[str, str]] = {
     ),
     "distil-large-v3.5": ("distil-whisper/distil-large-v3.5-ct2", "9793ccc07920e0f830e1dba0343efcdf0ef8c903"),
 }
+PINNED = dict(MODELS.values())
 MODEL_ALIASES = {"large": "large-v3", "turbo": "large-v3-turbo"}
 MODEL_FILES = ("config.json", "model.bin", "tokenizer.json", "vocabulary.*")  # what every model has
 WANTED_FILES = (*MODEL_FILES, "preprocessor_config.json")  # the last only where there are 128 mels
@@ -1097,8 +1147,7 @@ def repository_of(model: str) -> tuple[str, str | None]:
     if name in MODELS:
         return MODELS[name]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model, re.ASCII):
-        pinned = {repository: revision for repository, revision in MODELS.values()}
-        return model, pinned.get(model)
+        return model, PINNED.get(model)
     known = [*MODELS, *MODEL_ALIASES]
     said = repr(model) + did_you_mean(name, known)
     message = f"The model is {said}, but must be a directory, owner/name or one of {', '.join(known)}."
@@ -1116,12 +1165,13 @@ def hub_cache(repository: str) -> Path:
     return Path(os.path.expanduser(cache)) / ("models--" + repository.replace("/", "--"))
 
 
-def missing_files(directory: Path) -> list[str]:
-    """Which of the files that every model has a directory lacks.
+def missing_files(directory: Path, repository: str = "") -> list[str]:
+    """Which of the files that every model has, or this one, a directory lacks.
 
     Without its own tokenizer.json, faster-whisper would silently fetch one that fits another model.
     """
-    return [pattern for pattern in MODEL_FILES if not any(directory.glob(pattern))]
+    wanted = WANTED_FILES if "large-v3" in repository else MODEL_FILES
+    return [pattern for pattern in wanted if not any(directory.glob(pattern))]
 
 
 def locate_model(model: str) -> Path | None:
@@ -1141,7 +1191,7 @@ def locate_model(model: str) -> Path | None:
         with contextlib.suppress(OSError):
             revision = (cache / "refs" / "main").read_text().strip()
     snapshot = cache / "snapshots" / (revision or "-")
-    return None if missing_files(snapshot) else snapshot
+    return None if missing_files(snapshot, repository if repository in PINNED else "") else snapshot
 
 
 def fetch_model(model: str, offline: bool, progress: Callable[[int, int], None]) -> Path:
@@ -1189,7 +1239,7 @@ def fetch_from_hub(repository: str, revision: str | None, progress: Callable[[in
     fetch_weights(repository, described.sha, progress)
     wanted = list(WANTED_FILES)
     directory = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=wanted))
-    if missing := missing_files(directory):
+    if missing := missing_files(directory, repository if repository in PINNED else ""):
         raise ValueError(f"{repository} lacks {', '.join(missing)}")
     return directory
 
@@ -1725,7 +1775,7 @@ def try_gpu(
             why = why or f"CTranslate2 sees no {gpu.name}" if not able else f"{gpu.name} has none of {types}"
         except Fault as fault:
             able, why = [], f"the probe of the {gpu.name} {fault}"
-        for compute_type in [one for one in types if one in able]:
+        for compute_type in [one for one in types if able and one in (*able, "default")]:
             patience(2 * SELF_TEST_SECONDS)
             if cpu is None:
                 cpu = in_throwaway(SELF_TEST_SECONDS, {}, hear, directory, "cpu", "int8", threads, 1)[0]
@@ -1811,8 +1861,11 @@ FITTED = (600, 800, 1000, 1200, 1500, 2000, FULL)  # few sizes, so that windows 
 FIT_MARGIN = 300  # frames of nothing after the sound: with 50 one window in five went wrong, now none
 STAMP_SLACK = 2.0  # seconds a stamp may lie past the sound before the window counts as misfit
 MAX_TOKENS_A_SECOND = 10  # English takes 4; a short window that speaks faster has begun to loop
+SPEECH_SLACK = 0.3  # seconds around speech that may belong to it: the VAD misses quiet consonants
 REST_SPEECH_SECONDS = 0.2  # speech after the last stamp that is worth another decode
 AUTO_BATCH = 10  # windows; with 16 an hour of sound takes 660 MB beyond the idle worker (base), with 12 600
+LANGUAGE_SECONDS = 5.0  # of speech, if the file has it, to tell its language by; "Ja?" alone was Malay
+LARGE_BATCH = 4  # windows of a large model on a CPU, which more of them keep busy for longer, no better
 LEVEL_SECONDS = 0.3  # of the model; files that differ by less count as level, and decode together
 LANES_BYTES = 2**30  # of model.bin; with a larger one threads are better spent on one window at a time
 SHARED_WINDOWS = 4  # of one file in one generate while other requests are about: a bound on their wait
@@ -1916,10 +1969,10 @@ class Owner:
 
     def ask(self, work: Work, kind: str, key: Any, *arguments: Any, **options: Any) -> Any:
         """Call the model's method `kind` when the turn comes, and wait for what it returns."""
-        if work.cancelled.is_set():
-            raise Cancelled
         call = Call(work, kind, key, arguments, options)
         with self.wake:
+            if work.cancelled.is_set():
+                raise Cancelled
             self.waiting.setdefault(work, collections.deque()).append(call)
             self.wake.notify()
         return call.answer.result()
@@ -1936,29 +1989,41 @@ class Owner:
                     call.work.count(1)
             started = time.monotonic()
             self.busy(STEP_SECONDS * (1 + len(calls)), lane)
-            failure: Exception | None = None
-            try:
-                answers = getattr(self, calls[0].kind)(calls)
-            except Exception as error:  # the model's own; it belongs to whoever asked
-                failure = error
+            answers = self.answers(calls)
             self.busy(0, lane)
             self.charge(calls, time.monotonic() - started)
-            if failure:
-                self.fail(calls, failure)
-            else:
-                for call, answer in zip(calls, answers, strict=True):
+            for call, answer in zip(calls, answers, strict=True):
+                if isinstance(answer, Exception):
+                    self.fail(call, answer)
+                else:
                     call.answer.set_result(answer)
 
-    def fail(self, calls: list[Call], error: Exception) -> None:
-        """Give an error of the model to whoever asked; a GPU whose memory is full is given up."""
+    def answers(self, calls: list[Call]) -> list[Any]:
+        """What the model says to each call, or the exception; where one spoils a batch, each on its own."""
+        try:
+            return list(getattr(self, calls[0].kind)(calls))
+        except Exception as error:  # the model's own; it belongs to whoever asked
+            if len(calls) == 1 or self.device_failed(error) or out_of_memory(error):
+                return [error] * len(calls)
+        return [answer for call in calls for answer in self.answers([call])]
+
+    def device_failed(self, error: Exception) -> bool:
+        """Whether a GPU has failed for good: after a reset, say, each call fails until the process ends."""
+        on_gpu = getattr(self.model, "device", "cpu") != "cpu"
+        return on_gpu and not out_of_memory(error) and bool(re.search("CUDA|cuBLAS|cuDNN|HIP", str(error)))
+
+    def fail(self, call: Call, error: Exception) -> None:
+        """Give an error of the model to whoever asked; a GPU that failed or whose memory is full is left."""
+        if self.device_failed(error):
+            log.error("the GPU has failed: %s", error)
+            os._exit(1)  # the parent starts anew, and repeats what was in work
         if out_of_memory(error):
             if self.may_leave_gpu:
                 os._exit(GPU_FULL)  # the parent starts anew on the CPU, and repeats what was in work
             message = f"The memory does not suffice ({error}). Choose a smaller WHISPER_MODEL."
             code = "gpu_out_of_memory"
             error = Refusal(503, message, type="server_error", code=code, retry_after=60)
-        for call in calls:
-            call.answer.set_exception(error)
+        call.answer.set_exception(error)
 
     def charge(self, calls: list[Call], seconds: float) -> None:
         """Note what calls have cost, for the next turns."""
@@ -2120,12 +2185,16 @@ def says_it_twice(text: str) -> bool:
 
     >>> says_it_twice("rain and hail today. Rain and hail today."), says_it_twice("no, no, no")
     (True, False)
+    >>> says_it_twice("今日は晴れです。今日は晴れです。"), says_it_twice("そうですそうです、今日は晴れです")
+    (True, False)
     """
-    words = [bare_word(word).lower() for word in text.split()]
+    words, least = [bare_word(word).lower() for word in text.split()], 3
+    if len(text) > 12 * len(words):  # Japanese, say, has no spaces
+        words, least = [char for char in text if char.isalnum()], 6
     longest = len(words) // 2
     return any(
         words[at : at + run] == words[at + run : at + 2 * run]
-        for run in range(3, longest + 1)
+        for run in range(least, longest + 1)
         for at in range(len(words) - 2 * run + 1)
     )
 
@@ -2164,13 +2233,18 @@ def fitted_whisper(whisper_model: type[Any]) -> type[Any]:
             seconds = len(attempt.window.samples) / RATE
             most = attempt.frames * MAX_TOKENS_A_SECOND // 100  # by size: all of a batch have one limit
             once = dataclasses.replace(options, temperatures=options.temperatures[:1])
-            once.max_new_tokens = min(most, self.max_length - len(prompt))
+            once.max_new_tokens = min(new_tokens(most, len(prompt)), self.max_length - len(prompt))
             decoded = super().generate_with_fallback(encoding, prompt, tokenizer, once)
             if len(decoded[0].sequences_ids[0]) >= most or is_misfit(decoded, seconds, tokenizer, options):
                 raise Misfit
             return decoded
 
     return FittedWhisper
+
+
+def new_tokens(most: int, prompt: int) -> int:
+    """The `max_new_tokens` at which CTranslate2 stops after `most`: it takes half of all, prompt included."""
+    return max(most, 2 * most - prompt)
 
 
 def is_misfit(decoded: tuple[Any, ...], seconds: float, tokenizer: Any, options: Any) -> bool:
@@ -2197,7 +2271,7 @@ class Engine:
 
         self.settings = settings
         threads = settings.threads or available_cores()
-        self.batch_size = settings.batch_size or batch_size_for(directory)  # of all lanes together
+        self.batch_size = settings.batch_size or batch_size_for(directory, device)  # of all lanes together
         lanes = min(self.batch_size, lanes_for(directory, threads)) if device.device == "cpu" else 1
         try:
             self.whisper = fitted_whisper(WhisperModel)(
@@ -2226,11 +2300,9 @@ class Engine:
         self.whisper.model = TurnsOnly(model, self.owner, self.current)
 
     def check_language(self, code: str) -> None:
-        """Refuse a language that this model has no token for: Cantonese came with large-v3."""
-        if (
-            self.whisper.model.is_multilingual
-            and self.whisper.hf_tokenizer.token_to_id(f"<|{code}|>") is None
-        ):
+        """Refuse a language that this model does not know: Cantonese came with large-v3, `.en` has one."""
+        token = self.whisper.hf_tokenizer.token_to_id(f"<|{code}|>")
+        if token is None if self.whisper.model.is_multilingual else code != "en":
             message = f"language is {code!r}, which the model does not know."
             raise Refusal(400, message, param="language", code="invalid_language_format")
 
@@ -2239,7 +2311,8 @@ class Engine:
         fit = fitted(math.ceil(len(window.samples) * 100 / RATE))
         for frames in dict.fromkeys((fit, FULL)):
             language = work.language.result() if work.language.done() else None
-            self.current.attempt = attempt = Attempt(work, window, frames, language is None)
+            detecting = language is None and self.whisper.model.is_multilingual  # else there is no such call
+            self.current.attempt = attempt = Attempt(work, window, frames, detecting)
             found: list[Any] = []
             try:
                 segments, info = self.whisper.transcribe(
@@ -2264,20 +2337,29 @@ class Engine:
             "task": options.task,
             "beam_size": self.settings.beam_size,
             "temperature": [options.temperature] if options.temperature else rising,
-            "initial_prompt": options.prompt,
+            "initial_prompt": options.prompt and options.prompt.replace("<|", "< |"),  # no tokens of control
             "word_timestamps": options.words,
             "condition_on_previous_text": False,  # windows of one file are decoded side by side
         }
 
 
 def placed(found: list[Any], window: Window) -> list[Segment]:
-    """faster-whisper's segments of a window as ours, their times within the sound and in order."""
+    """faster-whisper's segments of a window as ours, in order, their times where there is speech.
+
+    The model sees the margins, too, and likes to begin and end with them: a second early or late.
+    A file begins at 0, as Azure has it.
+    """
     offset, length = window.start / RATE, len(window.samples) / RATE
-    earliest = 0.0
+    first, last, earliest = 0.0, length, 0.0
+    if window.speech:
+        first = window.speech[0][0] - SPEECH_SLACK if window.start else 0.0
+        last = window.speech[-1][1] + SPEECH_SLACK
 
     def within(start: float, end: float) -> tuple[float, float]:
-        start = min(max(float(start), earliest), length)
-        return round(offset + start, 3), round(offset + min(max(float(end), start), length), 3)
+        start = max(float(start), first if end > first else 0.0, earliest)  # words that the VAD has not heard
+        end = min(float(end), last if start < last else length)  # keep their times
+        start = min(start, length)
+        return round(offset + start, 3), round(offset + min(max(end, start), length), 3)
 
     segments = []
     for one in found:
@@ -2286,7 +2368,7 @@ def placed(found: list[Any], window: Window) -> list[Segment]:
             words.append(Word(word.word, *within(word.start, word.end)))
             earliest = words[-1].start - offset
         start, end = (words[0].start, words[-1].end) if words else within(one.start, one.end)
-        earliest = start - offset
+        earliest = max(earliest, start - offset)
         statistics = (float(one.temperature), float(one.avg_logprob), float(one.compression_ratio))
         seek = window.start * 100 // RATE + one.seek
         tokens = [int(token) for token in one.tokens]
@@ -2304,16 +2386,20 @@ def lanes_for(directory: Path, threads: int) -> int:
     return 2 if threads > 1 and (directory / "model.bin").stat().st_size < LANES_BYTES else 1
 
 
-def batch_size_for(directory: Path) -> int:
+def batch_size_for(directory: Path, device: Device) -> int:
     """Windows decoded together: half of the free memory, at a quarter of model.bin for each.
 
     A window's cross-attention keys and values take 0.25 (base) to 0.16 (large-v3) of model.bin.
     """
-    free = 4 * 2**30
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
-    window = (directory / "model.bin").stat().st_size // 4
-    return max(1, min(AUTO_BATCH, free // 2 // window))
+    free, group = 4 * 2**30, "sys/fs/cgroup/memory"
+    with contextlib.suppress(ValueError, IndexError):
+        free = int(read_system("proc/meminfo").split("MemAvailable:")[1].split()[0]) * 1024
+    with contextlib.suppress(ValueError, IndexError):  # a container may have less than the machine
+        cache = int(read_system(f"{group}.stat").split("\ninactive_file ")[1].split()[0])
+        free = min(free, int(read_system(f"{group}.max")) - int(read_system(f"{group}.current")) + cache)
+    size = (directory / "model.bin").stat().st_size
+    most = LARGE_BATCH if device.device == "cpu" and size >= LANES_BYTES else AUTO_BATCH
+    return max(1, min(most, free // 2 // (size // 4)))
 
 
 class Child:
@@ -2325,7 +2411,7 @@ class Child:
         self.sending = threading.Lock()
         self.works: dict[int, Work] = {}
         self.engine: Future[Engine] | None = None
-        self.starting = threading.Lock()
+        self.starting, self.fetching = threading.Lock(), threading.Lock()
         self.turns = Turns()
         self.windows = ThreadPoolExecutor(max_workers=96, thread_name_prefix="window")
 
@@ -2349,8 +2435,10 @@ class Child:
                     threading.Thread(target=self.serve, args=(work,), daemon=True).start()
                 elif kind == "cancel" and (leaving := self.works.get(rest[0])):
                     leaving.cancelled.set()
+                    if (engine := self.engine) and engine.done() and not engine.exception():
+                        engine.result().owner.leave(leaving)  # what it still waits for is for nobody
                 elif kind in ("fetch", "load"):
-                    prepare = {"fetch": self.fetch_ahead, "load": self.loaded}[kind]
+                    prepare = {"fetch": self.fetch_ahead, "load": self.load_ahead}[kind]
                     threading.Thread(target=prepare, daemon=True).start()
             except (EOFError, OSError):
                 os._exit(0)  # no clean-up: threads may be deep in native code
@@ -2370,7 +2458,7 @@ class Child:
                 shown, told_at = done, now
                 self.send("state", {"state": "fetching", "bytes_done": done, "bytes_total": total})
 
-        with self.starting:
+        with self.fetching:
             found = locate_model(self.model)
             if found is None:
                 log.info("model %s: fetching its files", self.model)
@@ -2390,6 +2478,11 @@ class Child:
             self.fetch()
         except Refusal as refusal:
             self.send("state", {"state": "unavailable", "error": refusal.message})
+
+    def load_ahead(self) -> None:
+        """Load the model when nobody waits for it yet; a failure is in the log and for /health."""
+        with contextlib.suppress(Exception):
+            self.loaded()
 
     def load(self, engine: Future[Engine]) -> None:
         """Load the model for all who wait for `engine`."""
@@ -2434,20 +2527,24 @@ class Child:
         self.send("state", {"state": "ready", "load_seconds": seconds} | device.shown())
         return loaded
 
-    def loaded(self) -> Engine:
-        """The engine; the first to ask starts its loading, and all wait for it."""
+    def loaded(self, work: Work | None = None) -> Engine:
+        """The engine; the first to ask starts its loading, and all wait for it. Raises Cancelled."""
         with self.starting:
             engine = self.engine
             if engine is None:
                 engine = self.engine = Future()
                 threading.Thread(target=self.load, args=(engine,), daemon=True).start()
+        while not wait([engine], timeout=1.0).done:
+            if work and work.cancelled.is_set():  # during a long download, say
+                raise Cancelled
         return engine.result()
 
     def serve(self, work: Work) -> None:
         """One file, from its bytes to its last segment."""
+        self.busy(0, work.id)  # it has arrived; what it waits for now has limits of its own
         try:
             if self.settings.device != "cpu" and gpu_in_sight():
-                self.loaded()  # sets what the GPU needs, before the search for speech imports CTranslate2
+                self.loaded(work)  # sets what the GPU needs, before the search for speech imports CTranslate2
             self.transcribe(work)
         except Cancelled:
             log.info("request %d: dropped, its client has left", work.id)
@@ -2468,19 +2565,16 @@ class Child:
         engine: Engine | None = None
         heard = Heard(work, self.settings.max_audio_seconds, self.turns, self.busy)
         try:
-            for window in heard.timed(cut_windows(heard, self.settings.vad)):
+            for windows in until_language(work, heard.timed(cut_windows(heard, self.settings.vad))):
                 if work.cancelled.is_set():
                     raise Cancelled
                 if engine is None:
                     self.send("progress", work.id, 0.0, *heard.known(), [])
-                    engine = self.loaded()
+                    engine = self.loaded(work)
                     if work.options.language:
                         engine.check_language(work.options.language)
                     engine.owner.enter(work)
-                work.ahead.append((self.windows.submit(engine.transcribe, work, window), window))
-                if not work.language.done():  # the first window tells it for the others
-                    told: list[Future[Any]] = [work.language, work.ahead[0][0]]
-                    wait(told, return_when=FIRST_COMPLETED)
+                self.begin(work, engine, windows)
                 most = max(1, 2 * engine.batch_size // max(1, len(engine.owner.present)))
                 self.deliver(work, heard, engine, most)
             if engine:
@@ -2492,6 +2586,19 @@ class Child:
         spoken = work.language.result() if work.language.done() else "en"
         took = {"decode": work.decoding, "inference": work.inference}
         self.send("done", work.id, spoken, heard.seconds, took)
+
+    def begin(self, work: Work, engine: Engine, windows: list[Window]) -> None:
+        """Put windows in work; while the language is unknown, first the one that has most speech."""
+        first = max(windows, key=lambda window: window.spoken)
+        telling = self.windows.submit(engine.transcribe, work, first)
+        if not work.language.done():
+            told: list[Future[Any]] = [work.language, telling]
+            wait(told, return_when=FIRST_COMPLETED)
+        for window in windows:
+            again = window is not first
+            work.ahead.append(
+                (self.windows.submit(engine.transcribe, work, window) if again else telling, window)
+            )
 
     def deliver(self, work: Work, heard: Heard, engine: Engine, most: int) -> None:
         """Send what is ready, and wait until at most so many windows are in work."""
@@ -2512,6 +2619,18 @@ class Child:
             if told != work.told:  # only news: while a model hangs, nothing may say that it works
                 work.told = told
                 self.send("progress", work.id, *told, engine.owner.new_batches())
+
+
+def until_language(work: Work, windows: Iterable[Window]) -> Iterator[list[Window]]:
+    """The windows of a file, one by one; while its language is unknown, as many as tell it."""
+    held: list[Window] = []
+    for window in windows:
+        held.append(window)
+        if work.language.done() or sum(one.spoken for one in held) >= LANGUAGE_SECONDS:
+            yield held
+            held = []
+    if held:
+        yield held
 
 
 class Turns:
@@ -2632,7 +2751,7 @@ HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {  # name -> help, upper 
     "queue_seconds": ("Seconds of a file that were neither decoding nor inference.", SECONDS),
     "decode_seconds": ("Seconds to decode a file and to find the speech in it.", SECONDS),
     "inference_seconds": ("Seconds of the model that went into a file.", SECONDS),
-    "request_seconds": ("Seconds from the start of an audio request to the end of its answer.", SECONDS),
+    "request_seconds": ("Seconds from the first byte of a file's request to its answer's last.", SECONDS),
 }
 
 
@@ -2724,6 +2843,8 @@ FETCH_WAIT_SECONDS = 30  # how long a request waits for files on their way befor
 DEATHS_ON_GPU = 2  # so many, and the next child uses the CPU
 KILL_SECONDS = 10  # a killed process is gone at once, unless a driver holds it
 TRIES = 2  # a job whose child died is done again once, alone
+MOST_TRIES = 4  # of one that was not alone, since newcomers came and one of them may be the cause
+NO_RETRY = (("x-should-retry", "false"),)  # for the SDKs, which would send again what kills (table (a) 59)
 
 
 def lasting(seconds: float) -> str:
@@ -2803,8 +2924,11 @@ class Worker:
     def prepare(self, kind: Literal["fetch", "load"]) -> None:
         """Bring the model's files, or load it too, before anybody asks for it."""
         with self.lock:
-            self._start()
-            self._send(kind)
+            try:
+                self._start()
+                self._send(kind)
+            except OSError as error:
+                log.error("model %s: the worker process cannot be started: %s", self.model, error)
 
     def far(self) -> tuple[float, str, float | None]:
         """Since when the model is fetched or loaded, how far that is in words, and as a share."""
@@ -2846,7 +2970,7 @@ class Worker:
             process.kill()  # without the lock: who holds it may be sending to a child that reads no more
         elif self.lock.acquire(blocking=False):
             try:
-                unused = self.process is not None and not self.jobs and not self.fetching
+                unused = self.process is not None and not self.jobs and not self.steps
                 if unused and idle and time.monotonic() - self.idle_since > idle:
                     log.info("model %s: idle for %d s; ending the worker", self.model, idle)
                     self._stop()
@@ -2867,15 +2991,22 @@ class Worker:
         self.state = {"state": "not loaded"}
 
     def _start(self) -> None:
+        """Raises OSError if the system starts no process."""
         if self.process is not None:
             return
         os.environ.setdefault("MALLOC_ARENA_MAX", "2")  # glibc keeps tens of MB for each thread otherwise
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
+        ours, theirs = context.Pipe()
         arguments = (theirs, self.settings, self.model, self.given_up)
-        self.process = context.Process(target=child_main, args=arguments, name="whisper-worker", daemon=True)
-        self.process.start()
-        theirs.close()
+        process = context.Process(target=child_main, args=arguments, name="whisper-worker", daemon=True)
+        try:
+            process.start()
+        except OSError:  # no room for another process; the next request tries again
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self.pipe, self.process = ours, process
         self.heard = self.idle_since = time.monotonic()
         self.steps, self.late = {}, []
         listen = threading.Thread(target=self._listen, args=(self.process, self.pipe), daemon=True)
@@ -2886,7 +3017,11 @@ class Worker:
             self.pipe.send(message)
 
     def _send_job(self, job: Job) -> None:
-        self._start()
+        try:
+            self._start()
+        except OSError as error:
+            message = f"The worker process cannot be started: {error.strerror}."
+            return self._fail(job, Refusal(503, message, type="server_error", retry_after=10))
         job.tries += 1
         job.since, job.progress = time.monotonic(), (0.0, 0.0, False)
         self.steps[f"job {job.id}"] = time.monotonic() + STEP_SECONDS  # until it has arrived
@@ -2914,7 +3049,7 @@ class Worker:
         if kind == "state":
             if rest[0]["state"] != self.state["state"] or not self.state.get("bytes_total"):
                 self.since, self.first_bytes = now, rest[0].get("bytes_done", 0)
-            self.state = rest[0]
+            self.state, self.idle_since = rest[0], now
             for waiting in self.jobs.values() if self.state["state"] == "ready" else ():
                 waiting.since = now
         elif kind == "busy":
@@ -2956,7 +3091,8 @@ class Worker:
         self.process = None
         named = any(isinstance(step, str) for step in self.late)  # more than some decodings hung
         causes = set() if named else set(self.late)
-        self.deaths += not causes
+        in_model = any(isinstance(step, str) and not step.startswith("job") for step in self.steps)
+        self.deaths += in_model and not causes  # a file that ends FFmpeg is no fault of the GPU
         log.error("model %s: the worker died (exit code %s) with %d jobs", self.model, code, len(self.jobs))
         on_gpu = self.state.get("device") == "gpu" and self.settings.device != "gpu"
         self.state = {"state": "not loaded", "last_death": f"exit code {code}"}
@@ -2965,14 +3101,16 @@ class Worker:
             self.given_up = "the GPU ran out of memory" if code == GPU_FULL else deaths
             log.error("model %s: %s; using the CPU from now on", self.model, self.given_up)
         waiting = set(list(self.again)[1:])  # for their second try; the dead child never had them
-        for job in [job for job in self.jobs.values() if job not in waiting]:
+        tried = [job for job in self.jobs.values() if job not in waiting]
+        most = TRIES if len(tried) == 1 else MOST_TRIES
+        for job in tried:
             job.tries -= bool(causes)
             if job.id in causes:
                 self._fail(job, undecodable_in_time())
-            elif job.tries >= TRIES or (job.begun and job.options.stream):
+            elif job.tries >= most or (job.begun and job.options.stream):
                 message = f"The worker process died over this request (exit code {code}). "
                 message += "Its log tells more; another file, a smaller WHISPER_BATCH_SIZE or model may do."
-                self._fail(job, Refusal(500, message, type="server_error"))
+                self._fail(job, Refusal(500, message, type="server_error", headers=NO_RETRY))
             elif job.begun:
                 job.events.put(("again",))
         queued = set(self.again)
@@ -3005,6 +3143,17 @@ LINGER_SECONDS = 10  # a refused upload is read and dropped so long, for the cli
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 
 
+@contextlib.contextmanager
+def lost_connection() -> Iterator[None]:
+    """Makes a network that went away (EHOSTUNREACH, say) a ConnectionError, as a client that leaves is."""
+    try:
+        yield
+    except (ConnectionError, TimeoutError):
+        raise
+    except OSError as error:
+        raise ConnectionAbortedError(error.errno, error.strerror) from None
+
+
 class Wire:
     """A client's connection, with a deadline over many reads instead of a time limit for each."""
 
@@ -3019,7 +3168,8 @@ class Wire:
         if left <= 0:
             raise TimeoutError
         self.connection.settimeout(None if left == math.inf else left)
-        data = self.connection.recv(256 * 1024)
+        with lost_connection():
+            data = self.connection.recv(256 * 1024)
         self.buffer += data
         return bool(data)
 
@@ -3043,7 +3193,8 @@ class Wire:
         """Send all of it, however long that takes, as long as the client takes 64 kB in 30 s."""
         self.connection.settimeout(STALL_SECONDS)
         for at in range(0, len(data), 64 * 1024):
-            self.connection.sendall(memoryview(data)[at : at + 64 * 1024])
+            with lost_connection():
+                self.connection.sendall(memoryview(data)[at : at + 64 * 1024])
 
     def close(self) -> None:
         """http.server closes its files; there is nothing to close here."""
@@ -3062,6 +3213,8 @@ def read_head(wire: Wire) -> bytes:
     What is wrong is told without quoting it, since a misspelt header may hold a key.
     """
     lines = [wire.readline()]
+    if lines == [b"\r\n"]:  # one more than the last body had: to be ignored (RFC 9112, 2.2)
+        lines = [wire.readline()]
     while True:
         if not lines[-1].endswith(b"\r\n"):
             too_long = len(lines[-1]) >= MAX_LINE
@@ -3189,7 +3342,7 @@ def too_slow() -> Refusal:
 POLL_SECONDS = 0.25  # how often a waiting handler looks whether its client is still there
 COMMENT_SECONDS = 5  # a stream with nothing to say sends a comment so often; clients give up at 60
 AUDIO = r"/audio/(?P<task>transcriptions|translations)/?"
-NAME = r"(?:/(?P<name>.+))?/?"
+NAME = r"(?:/(?P<name>.+?))?/?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3254,8 +3407,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.dispatch()
         except Refusal as refusal:
             self.refuse(refusal)
-        except (ConnectionError, TimeoutError):
-            self.close_connection = True  # the client has left
+        except (ConnectionError, TimeoutError):  # the client has left
+            self.close_connection, self.status = True, 499 if self.command else 0
         except Exception:
             log.exception("%s %s failed", self.command, self.path.partition("?")[0])
             self.refuse(Refusal(500, "The server made a mistake; its log tells which.", type="server_error"))
@@ -3266,7 +3419,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Count a request that is over, however it ended."""
         metrics = self.server.metrics
         metrics.count(self.route, self.status or 499)
-        if self.route in ("transcriptions", "translations"):
+        if self.job:
             metrics.observe(request_seconds=time.monotonic() - self.begun)
 
     def await_request(self) -> bool:
@@ -3292,6 +3445,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.rfile = io.BytesIO(rest)
         self.parse_request()
         self.rfile = self.wire  # type: ignore[assignment]
+        options = {one.strip().lower() for one in self.headers.get("Connection", "").split(",")}
+        if "close" in options or self.request_version == "HTTP/1.0":  # http.server knows neither lists
+            self.close_connection = True
         hosts = self.headers.get_all("Host", [])
         if len(hosts) > 1 or (not hosts and self.request_version == "HTTP/1.1"):
             raise bad_request("The request must have one Host header.")
@@ -3313,7 +3469,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def dispatch(self) -> None:
         """Find the route, check who asks, and run its method."""
-        path = urlsplit(self.path).path
+        try:
+            path = urlsplit(self.path).path
+        except ValueError:
+            raise bad_request("The request's address is malformed.") from None
         self.check_site()
         route, match = self.find_route(path)
         self.profile = route.profile
@@ -3371,7 +3530,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not keys:
             return
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
-        offered = [self.headers.get("api-key", ""), token.strip() if scheme.lower() == "bearer" else ""]
+        bearer = token.strip() if scheme.lower() == "bearer" else ""
+        offered = [self.headers.get("api-key", "").strip(), bearer]
         same = [
             hmac.compare_digest(key.encode(), given.encode("utf-8", "replace"))
             for key in keys
@@ -3418,6 +3578,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             options = read_options(form, "translate" if task == "translations" else "transcribe", strict)
             if model is None:
                 model = self.named_model(form)
+            if options.task == "translate" and "turbo" in Path(model).name.lower():
+                message = f"The model {model!r} was not trained to translate; large-v3, medium, small were."
+                raise Refusal(400, message, param="model")
             worker = self.server.worker(model)
             job = worker.submit(file, options)
             self.job = (worker, job)
@@ -3525,7 +3688,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     done = {"type": "transcript.text.done", "text": text, "usage": usage(heard)}
                     self.send_event(done)
                     self.send_event(b"[DONE]")
-                elif time.monotonic() - quiet_since > COMMENT_SECONDS:
+                elif not worker.fetching and time.monotonic() - quiet_since > COMMENT_SECONDS:
                     self.send_chunk(b": still working\r\n\r\n")
                 else:
                     continue
@@ -3546,13 +3709,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def listed(self, entry: Callable[[str], dict[str, Any]], name: str | None) -> None:
         """One model's entry, or the list of all."""
         if name is None:
-            listing = {"object": "list", "data": [entry(one) for one in self.model_names()]}
-            return self.reply(200, "application/json", to_json(listing, self.profile))
+            listing: dict[str, Any] = {"object": "list", "data": [entry(one) for one in self.model_names()]}
+            if self.profile == "azure":
+                listing = dict(reversed(listing.items()))
+            return self.reply(200, "application/json", to_json(listing, "azure"))  # OpenAI indents these, too
         name = unquote(name)
         if name not in self.model_names():
             message = f"The model '{name[:200]}' does not exist"
             raise Refusal(404, message, param="model", code="model_not_found")
-        return self.reply(200, "application/json", to_json(entry(name), self.profile))
+        return self.reply(200, "application/json", to_json(entry(name), "azure"))
 
     def openai_models(self, name: str | None = None) -> None:
         """GET /v1/models and /openai/v1/models (contract §1.3)."""
@@ -3650,20 +3815,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
         yield "Date", self.date_time_string()
         if self.deployment:
             yield "x-ms-deployment-name", quote(unquote(self.deployment))[:200]
-        total = (time.monotonic() - self.begun) * 1000
+        since = self.job[1].asked if self.job else self.begun  # the upload is nobody's waiting
+        total = (time.monotonic() - since) * 1000
         spent = {name: seconds * 1000 for name, seconds in self.timings.items()}
         spent = {"queue": max(0.0, total - sum(spent.values())), **spent} if spent else {"total": total}
         yield "Server-Timing", ", ".join(f"{name};dur={ms:.1f}" for name, ms in spent.items())
         origin = self.headers.get("Origin")
         if origin in self.server.settings.allowed_origins:
             yield "Access-Control-Allow-Origin", str(origin)
+            yield "Access-Control-Expose-Headers", "x-request-id, retry-after, retry-after-ms"
             yield "Vary", "Origin"
+
+    def number(self) -> tuple[str, str]:
+        """The header that a model's answer has, in the style of the profile."""
+        openai = self.profile == "openai"
+        return "x-request-id", "req_" + self.request_id.replace("-", "") if openai else self.request_id
 
     def preflight(self, methods: str) -> list[tuple[str, str]]:
         """What a browser asks before a cross-site request from a listed origin."""
         if self.headers.get("Origin") not in self.server.settings.allowed_origins:
             return []
-        headers = "api-key, authorization, content-type, x-ms-client-request-id"
+        asked = self.headers.get("Access-Control-Request-Headers", "")  # the SDKs have a dozen of their own
+        headers = asked if re.fullmatch(r"[A-Za-z0-9, -]{1,1000}", asked) else "api-key, content-type"
         return [("Access-Control-Allow-Methods", methods), ("Access-Control-Allow-Headers", headers)]
 
     def reply(
@@ -3678,9 +3851,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """A whole answer. Those of Azure's gateway carry no x-request-id: no model saw the request."""
         named = [("Content-Type", content_type)] if content_type else []
         if not gateway:
-            openai = self.profile == "openai"
-            number = "req_" + self.request_id.replace("-", "") if openai else self.request_id
-            named.append(("x-request-id", number))
+            named.append(self.number())
         if status != 204:
             named.append(("Content-Length", str(len(body))))
         self.send_head(status, [*named, *headers], reason, b"" if self.command == "HEAD" else body)
@@ -3694,7 +3865,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return
             literal = refusal.literal
             body = to_json(refusal.envelope(), "azure") if literal is None else literal.encode()
-            if refusal.status in (400, 408, 414, 431) and self.body is None:
+            if refusal.code == "invalid_language_format" and self.profile == "openai":  # contract §3.5
+                body = to_json(refusal.envelope() | {"usage": {"type": "duration", "seconds": 0}}, "openai")
+            if self.body is None:
                 self.close_connection = True  # the head was bad: where the next request begins is unknown
             reason = (
                 refusal.code if self.profile == "azure" and refusal.code == "DeploymentNotFound" else None
@@ -3710,7 +3883,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def linger(self) -> None:
         """Drop what the client still sends: a close with bytes unread would reset the connection."""
-        self.connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # it has gone already
+            self.connection.shutdown(socket.SHUT_WR)
         self.wire.deadline = time.monotonic() + LINGER_SECONDS
         while True:
             self.wire.buffer = b""
@@ -3729,7 +3903,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             else:
                 self.chunked = [("Transfer-Encoding", "chunked")]
             stream = [("Content-Type", "text/event-stream; charset=utf-8"), ("Cache-Control", "no-store")]
-            self.send_head(200, stream + self.chunked, None)
+            self.send_head(200, [*stream, self.number(), *self.chunked])
         self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
 
     def end_chunks(self) -> None:
@@ -3983,7 +4157,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def drain(self) -> None:
         """Take no new requests, let those in work finish, then end serve_forever."""
-        self.draining = True
+        with self.lock:  # after which no request enters
+            self.draining = True
         log.info("stopping: %d requests in work have %d s to finish", self.in_work, GRACE_SECONDS)
         end = time.monotonic() + GRACE_SECONDS
         while self.in_work and time.monotonic() < end:
@@ -4096,11 +4271,12 @@ def check_port(settings: Settings) -> Finding:
         return Finding("port", "ok", f"{where} is free")
     except OSError as error:
         trouble = f"{where}: {error.strerror}"
-    with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
         connection = http.client.HTTPConnection(host, settings.port, timeout=5)
         connection.request("GET", "/health")
-        version = json.loads(connection.getresponse().read())["version"]
+        told = json.loads(connection.getresponse().read())
+        version, _ = told["version"], told["uptime_seconds"]  # which no other program would have
         return Finding("port", "ok", f"{where} is in use by this server, version {version}")
     return Finding("port", "bad", trouble, "end what uses it (ss -ltnp), or choose another WHISPER_PORT")
 
