@@ -1290,6 +1290,25 @@ def test_windows_wait_for_enough_speech_only_until_the_language_is_known() -> No
     assert groups(work, 0.5, 1, 4) == [[0], [1], [2]]
 
 
+def test_window_that_cannot_tell_the_language_ends_the_file() -> None:
+    """Else each of the others would tell it, and the client would hear of that instead."""
+    asked = []
+
+    def transcribe(work: Work, window: Window) -> Any:
+        asked.append(window.start)
+        raise Refusal(503, "no memory")
+
+    child = whisper_server.Child(None, Settings(), "base", "")
+    engine: Any = types.SimpleNamespace(
+        transcribe=transcribe, batch_size=2, owner=types.SimpleNamespace(present={})
+    )
+    windows = [Window(n, np.zeros(1, np.float32), [(0.0, spoken)]) for n, spoken in enumerate((0.5, 4, 1))]
+    heard: Any = None
+    with pytest.raises(Refusal, match="no memory"):
+        child.begin(Work(1, Options(), io.BytesIO()), heard, engine, windows)
+    assert asked == [1]
+
+
 def test_english_only_model_has_no_call_that_detects(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its second encoding is that of a rest; taken for the first one, the window came out twice."""
     seen = []
@@ -1332,20 +1351,27 @@ def test_call_that_the_model_refuses_spoils_no_other() -> None:
 
 def test_gpu_that_has_failed_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a reset each call fails; the process has to end, or every request would get 500."""
-    exits: list[int] = []
-    monkeypatch.setattr(os, "_exit", exits.append)
-    for device, words in (
-        ("cuda", "CUDA failed with error unspecified launch failure"),
-        ("cuda", "cuBLAS failed with status CUBLAS_STATUS_EXECUTION_FAILED"),
-        ("cpu", "CUDA failed with error unspecified launch failure"),
-        ("cuda", "the prompt is too long"),
-        ("cuda", "CUDA failed with error out of memory"),
+    told: list[Any] = []
+    monkeypatch.setattr(os, "_exit", lambda code: told.append(f"exit {code}"))
+    for device, words, left in (
+        ("cuda", "CUDA failed with error unspecified launch failure", True),
+        ("cuda", "cuBLAS failed with status CUBLAS_STATUS_EXECUTION_FAILED", True),
+        ("cpu", "CUDA failed with error unspecified launch failure", False),
+        ("cuda", "cuBLAS failed with status CUBLAS_STATUS_NOT_SUPPORTED", False),
+        ("cuda", "the prompt is too long", False),
+        ("cuda", "CUDA failed with error out of memory", False),
     ):
-        owner = whisper_server.Owner(types.SimpleNamespace(device=device), 4, lambda seconds, step: None)
-        call = whisper_server.Call(Work(1, Options(), io.BytesIO()), "generate", 1, (), {})
-        owner.fail(call, RuntimeError(words))
-        exits.append(0)
-    assert exits == [1, 0, 1, 0, 0, 0, 0]
+
+        def fails(*arguments: Any, words: str = words, **options: Any) -> Any:
+            raise RuntimeError(words)
+
+        model = types.SimpleNamespace(device=device, align=fails)
+        owner = whisper_server.Owner(model, 4, lambda seconds, step: told.append(step))
+        with pytest.raises((RuntimeError, Refusal)):
+            owner.ask(Work(1, Options(), io.BytesIO()), "align", None)
+        end = ["failed GPU", "exit 1"] if left else []  # the parent hears why before the end
+        assert told == ["lane 0", "lane 0", *end], words
+        told.clear()
 
 
 def test_times_lie_where_speech_is() -> None:
@@ -1368,6 +1394,7 @@ def test_times_lie_where_speech_is() -> None:
     assert times(later, (0.0, 3.4), (3.4, 8.0), words=True) == [(100.7, 103.4), (103.4, 107.3)]
     assert times(Window(0, samples, speech), (0.0, 3.0), (3.0, 9.0)) == [(0.0, 3.0), (3.0, 7.3)]
     assert times(later, (0.0, 0.5), (7.4, 9.0)) == [(100.0, 100.5), (107.4, 108.0)]  # the VAD has missed it
+    assert times(later, (0.0, 0.72), (7.28, 8.0)) == [(100.0, 100.72), (107.28, 108.0)]  # nor half of it
     assert times(later, (3.0, 4.0), (2.0, 5.0)) == [(103.0, 104.0), (103.0, 105.0)]  # in order
 
 
@@ -4757,14 +4784,21 @@ def test_address_that_cannot_be_read_is_refused(server: Served) -> None:
 
 def test_empty_line_before_a_request_is_ignored(server: Served) -> None:
     health = lines_of(HEALTH, HOST, "")
-    with connect(server) as connection:
-        connection.sendall(health + b"\r\n" + health)  # as a client that ends its body by one too many
-        assert statuses(answered(connection)) == [200]
+    last = lines_of(HEALTH, HOST, "Connection: close", "")
+    data = server.raw(health + b"\r\n" + last)  # as a client that ends its body by one too many
+    assert statuses(data) == [200, 200]
     assert statuses(server.raw(b"\r\n\r\n" + health)) == [400]  # one, and no more
 
 
 @pytest.mark.parametrize(
-    ("version", "connection"), [("1.1", "close"), ("1.1", "TE, Close"), ("1.0", "keep-alive"), ("1.0", "x")]
+    ("version", "connection"),
+    [
+        ("1.1", "close"),
+        ("1.1", "TE, Close"),
+        ("1.1", "keep-alive\r\nConnection: close"),
+        ("1.0", "keep-alive"),
+        ("1.0", "x"),
+    ],
 )
 def test_connection_ends_where_the_client_means_it(server: Served, version: str, connection: str) -> None:
     data = server.raw(lines_of(f"GET /health HTTP/{version}", HOST, f"Connection: {connection}", ""))
@@ -5118,7 +5152,8 @@ Wordy.__init__, whisper_server.gpu_in_sight = __init__, lambda: True
 
 
 def test_deaths_outside_the_model_are_no_fault_of_the_gpu() -> None:
-    for step, given_up in (("lane 0", True), ("load", True), (7, False), ("job 8", False)):
+    steps = {"lane 0": True, "load": True, "failed GPU": True, 7: False, "job 8": False}
+    for step, given_up in steps.items():
         worker = whisper_server.Worker(Settings(deployments={}), "base", whisper_server.Metrics())
         for _ in range(2):
             worker.pipe, _ = socket.socketpair()
@@ -5150,8 +5185,9 @@ whisper_server.Owner.slow, spoken, Wordy.transcribe = slow, Wordy.transcribe, tr
 
 def test_model_that_cannot_translate_says_so(tmp_path: Path) -> None:
     with serving(tmp_path, patch=WORDY, MODEL="turbo", VAD="0") as served:
-        answer = served.post(AZURE_TRANSLATIONS, SHORT)
-        assert answer.status_code == 400 and "not trained to translate" in answer.text
+        for path in (AZURE_TRANSLATIONS, "/v1/audio/translations"):
+            answer = served.post(path, SHORT, model="whisper-1")
+            assert answer.status_code == 400 and "not trained to translate" in answer.text
         assert words(served) == 1
 
 

@@ -126,8 +126,8 @@ def _keys(text: str) -> tuple[str, ...]:
 
 
 def _origins(text: str) -> tuple[str, ...]:
-    origins = _names(text)
-    if origins and all(re.fullmatch(r"null|[a-z][a-z0-9+.-]*://[^/\s*]+", one) for one in origins):
+    origins = _names(text.lower())
+    if origins and all(re.fullmatch(r"null|[a-z][a-z0-9+.-]*://[^/?#\s*]+", one) for one in origins):
         return origins
     raise ValueError("origins as browsers send them, such as https://app.example, comma-separated")
 
@@ -1154,6 +1154,17 @@ def repository_of(model: str) -> tuple[str, str | None]:
     raise Refusal(503, message, type="server_error", code="model_not_found")
 
 
+def check_task(task: str, model: str) -> None:
+    """Refuse a translation by a model that was not trained to translate: it would transcribe."""
+    try:
+        turbo = repository_of(model) == MODELS["large-v3-turbo"]
+    except Refusal:  # a directory, which may hold any model
+        return
+    if turbo and task == "translations":
+        message = f"The model {model!r} was not trained to translate; large-v3, medium and small were."
+        raise Refusal(400, message, param="model")
+
+
 def hub_cache(repository: str) -> Path:
     """The directory in which the Hub's own tools keep a repository.
 
@@ -1254,12 +1265,11 @@ def fetch_weights(repository: str, revision: str | None, progress: Callable[[int
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
-    url = hf_hub_url(repository, "model.bin", revision=revision)
+    url, cache = hf_hub_url(repository, "model.bin", revision=revision), hub_cache(repository)
     about = get_hf_file_metadata(url, timeout=10)
-    if not re.fullmatch(r"[\w-]+", about.etag or "") or not about.size:
-        raise ValueError("the Hub does not tell the size and the digest of model.bin")
-    cache = hub_cache(repository)
-    whole = cache / "blobs" / about.etag
+    whole = cache / "blobs" / (about.etag or "")
+    if not re.fullmatch(r"[\w-]+", about.etag or "") or not about.size or whole.exists():
+        return  # an unusual Hub is huggingface_hub's business
     part, lock = whole.with_suffix(".part"), cache.parent / ".locks" / cache.name / f"{about.etag}.lock"
 
     class Part(io.BufferedWriter):
@@ -1273,12 +1283,13 @@ def fetch_weights(repository: str, revision: str | None, progress: Callable[[int
     with WeakFileLock(lock):  # huggingface_hub's own, so that two programs never write one file
         if whole.exists():
             return
-        with Part(io.FileIO(part, "a")) as weights:
+        with Part(io.FileIO(str(part), "a")) as weights:
             if weights.tell() > about.size:
                 weights.seek(0)
                 weights.truncate()
             here = {"resume_size": weights.tell(), "expected_size": about.size}
-            http_get(url, weights, headers=build_hf_headers(), **here)
+            if weights.tell() < about.size:
+                http_get(url, weights, headers=build_hf_headers(), **here)
         if len(about.etag) == 64 and sha256_of(part) != about.etag:
             part.unlink()
             raise ValueError("model.bin is not the published file (SHA-256 differs)")
@@ -2009,13 +2020,16 @@ class Owner:
 
     def device_failed(self, error: Exception) -> bool:
         """Whether a GPU has failed for good: after a reset, say, each call fails until the process ends."""
-        on_gpu = getattr(self.model, "device", "cpu") != "cpu"
-        return on_gpu and not out_of_memory(error) and bool(re.search("CUDA|cuBLAS|cuDNN|HIP", str(error)))
+        if getattr(self.model, "device", "cpu") == "cpu" or out_of_memory(error):
+            return False
+        mistake = "NOT_SUPPORTED|INVALID_VALUE|BAD_PARAM|invalid (argument|configuration|value)"
+        return bool(re.search("CUDA|cuBLAS|cuDNN|HIP", str(error)) and not re.search(mistake, str(error)))
 
     def fail(self, call: Call, error: Exception) -> None:
         """Give an error of the model to whoever asked; a GPU that failed or whose memory is full is left."""
         if self.device_failed(error):
             log.error("the GPU has failed: %s", error)
+            self.busy(STEP_SECONDS, "failed GPU")  # counted against it, unlike the death of a decoder
             os._exit(1)  # the parent starts anew, and repeats what was in work
         if out_of_memory(error):
             if self.may_leave_gpu:
@@ -2356,9 +2370,12 @@ def placed(found: list[Any], window: Window) -> list[Segment]:
         last = window.speech[-1][1] + SPEECH_SLACK
 
     def within(start: float, end: float) -> tuple[float, float]:
-        start = max(float(start), first if end > first else 0.0, earliest)  # words that the VAD has not heard
-        end = min(float(end), last if start < last else length)  # keep their times
-        start = min(start, length)
+        start, end, enough = float(start), float(end), min(0.3, (end - start) / 2)
+        if end - first >= enough:  # else it says what the VAD has not heard
+            start = max(start, first)
+        if last - start >= enough:
+            end = min(end, last)
+        start = min(max(start, earliest), length)
         return round(offset + start, 3), round(offset + min(max(end, start), length), 3)
 
     segments = []
@@ -2574,9 +2591,7 @@ class Child:
                     if work.options.language:
                         engine.check_language(work.options.language)
                     engine.owner.enter(work)
-                self.begin(work, engine, windows)
-                most = max(1, 2 * engine.batch_size // max(1, len(engine.owner.present)))
-                self.deliver(work, heard, engine, most)
+                self.begin(work, heard, engine, windows)
             if engine:
                 self.deliver(work, heard, engine, 0)
         finally:
@@ -2587,18 +2602,20 @@ class Child:
         took = {"decode": work.decoding, "inference": work.inference}
         self.send("done", work.id, spoken, heard.seconds, took)
 
-    def begin(self, work: Work, engine: Engine, windows: list[Window]) -> None:
+    def begin(self, work: Work, heard: Heard, engine: Engine, windows: list[Window]) -> None:
         """Put windows in work; while the language is unknown, first the one that has most speech."""
         first = max(windows, key=lambda window: window.spoken)
         telling = self.windows.submit(engine.transcribe, work, first)
         if not work.language.done():
             told: list[Future[Any]] = [work.language, telling]
             wait(told, return_when=FIRST_COMPLETED)
+            if not work.language.done():
+                telling.result()  # raises what has happened to it
         for window in windows:
-            again = window is not first
-            work.ahead.append(
-                (self.windows.submit(engine.transcribe, work, window) if again else telling, window)
-            )
+            one = telling if window is first else self.windows.submit(engine.transcribe, work, window)
+            work.ahead.append((one, window))
+            most = max(1, 2 * engine.batch_size // max(1, len(engine.owner.present)))
+            self.deliver(work, heard, engine, most)
 
     def deliver(self, work: Work, heard: Heard, engine: Engine, most: int) -> None:
         """Send what is ready, and wait until at most so many windows are in work."""
@@ -3213,8 +3230,6 @@ def read_head(wire: Wire) -> bytes:
     What is wrong is told without quoting it, since a misspelt header may hold a key.
     """
     lines = [wire.readline()]
-    if lines == [b"\r\n"]:  # one more than the last body had: to be ignored (RFC 9112, 2.2)
-        lines = [wire.readline()]
     while True:
         if not lines[-1].endswith(b"\r\n"):
             too_long = len(lines[-1]) >= MAX_LINE
@@ -3428,6 +3443,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wire.deadline = time.monotonic() + IDLE_CONNECTION_SECONDS
         try:
             alive = bool(self.wire.buffer) or self.wire.fill()
+            if self.wire.buffer.startswith(b"\r\n"):  # one more than the last body had (RFC 9112, 2.2)
+                self.wire.buffer = self.wire.buffer[2:]
+                alive = bool(self.wire.buffer) or self.wire.fill()
         finally:
             self.server.idle(self.connection, False)
         self.begun = time.monotonic()
@@ -3445,7 +3463,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.rfile = io.BytesIO(rest)
         self.parse_request()
         self.rfile = self.wire  # type: ignore[assignment]
-        options = {one.strip().lower() for one in self.headers.get("Connection", "").split(",")}
+        connection = ",".join(self.headers.get_all("Connection", []))
+        options = {one.strip().lower() for one in connection.split(",")}
         if "close" in options or self.request_version == "HTTP/1.0":  # http.server knows neither lists
             self.close_connection = True
         hosts = self.headers.get_all("Host", [])
@@ -3570,6 +3589,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         assert self.body is not None
         strict = self.server.settings.strict
         model = self.model_of(unquote(deployment)) if deployment else None
+        if model:
+            check_task(task, model)
         if self.body.length and self.body.length > self.body.limit:
             raise too_large(self.body.limit, self.body.length)
         with self.server.place(self, task), self.storage() as file:
@@ -3578,9 +3599,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             options = read_options(form, "translate" if task == "translations" else "transcribe", strict)
             if model is None:
                 model = self.named_model(form)
-            if options.task == "translate" and "turbo" in Path(model).name.lower():
-                message = f"The model {model!r} was not trained to translate; large-v3, medium, small were."
-                raise Refusal(400, message, param="model")
+                check_task(task, model)
             worker = self.server.worker(model)
             job = worker.submit(file, options)
             self.job = (worker, job)
@@ -3823,7 +3842,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         origin = self.headers.get("Origin")
         if origin in self.server.settings.allowed_origins:
             yield "Access-Control-Allow-Origin", str(origin)
-            yield "Access-Control-Expose-Headers", "x-request-id, retry-after, retry-after-ms"
+            shown = "x-request-id, retry-after, retry-after-ms, x-should-retry"
+            yield "Access-Control-Expose-Headers", shown
             yield "Vary", "Origin"
 
     def number(self) -> tuple[str, str]:
