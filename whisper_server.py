@@ -15,6 +15,9 @@ Two processes. The parent speaks HTTP and touches neither media nor model; it im
 beyond the standard library and `multipart`. A child per model decodes, finds speech and owns the
 model: FFmpeg parses hostile bytes, a GPU fault aborts its process, and only the end of a process
 surely gives its memory back. What passes between the two stands in one place: "messages" below.
+
+Comments name the source of a rule: `contract` and `engine.md` are the project's notes on the replies that
+Azure and OpenAI were recorded to send, and on what the libraries were seen to do.
 """
 
 from __future__ import annotations
