@@ -856,10 +856,8 @@ def decode(
     Channels that say the same come out louder, up to LOUDEST: FFmpeg does not scale a mix of floats, and
     a centre channel alone keeps its strength so. Nothing is cut off there; the model measures by the loudest.
 
-    First `declare` hears how many seconds the file says it has, if it says so.
-
-    Goes packet by packet: a damaged stretch costs only itself, and silence keeps its place.
-    (faster-whisper's `decode_audio` drops all that follows it, and does not run on PyAV 19.)
+    First `declare` hears how many seconds the file says it has, if it says so. Goes packet by packet: a
+    damaged stretch costs only itself. (faster-whisper's `decode_audio` drops all that follows it.)
     Raises Refusal 400 for bytes without decodable sound, or with more than `max_seconds` of it.
     """
     import av
