@@ -46,6 +46,8 @@ function heard(text) {
 
 // -- servers and pages
 
+const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+
 async function serve(settings) {
   const environment = Object.entries(process.env).filter(([name]) => !name.startsWith("WHISPER_"));
   const env = { ...Object.fromEntries(environment), WHISPER_MODEL: "base", WHISPER_PORT: "0", ...settings };
@@ -53,11 +55,11 @@ async function serve(settings) {
   let log = "";
   process_.stderr.on("data", (data) => (log += data));
   while (!/found in|files are in/.test(log)) { // the model's files may still have to come
-    assert.equal(process_.exitCode, null, log);
-    await new Promise((resolve) => setTimeout(resolve, 100));
+    assert.equal(process_.exitCode ?? process_.signalCode, null, log);
+    await pause(100);
   }
   const port = log.match(/ on http:\/\/[^ ]*:(\d+),/)[1];
-  return { port, at: (host) => `http://${host}:${port}/`, stop: () => process_.kill("SIGKILL") };
+  return { at: (host) => `http://${host}:${port}/`, log: () => log, stop: () => process_.kill("SIGKILL") };
 }
 
 before(async () => {
@@ -72,7 +74,7 @@ before(async () => {
     `use-file-for-fake-audio-capture=${microphone}`, "host-resolver-rules=MAP 192.168.77.7 127.0.0.1"];
   const args = ["--no-sandbox", ...flags.map((flag) => `--${flag}`)];
   browser = await chromium.launch({ executablePath: CHROMIUM, args, timeout: 120_000 });
-});
+}, { timeout: 900_000 });
 
 after(async () => {
   await browser?.close();
@@ -83,8 +85,9 @@ after(async () => {
 
 // A test on a page of its own. Whatever it does, nothing leaves the origin and the browser has nothing to complain of.
 function onPage(name, { url = () => server.at("localhost"), ...options }, body) {
-  test(name, async () => {
+  test(name, { timeout: 300_000 }, async () => {
     const context = await browser.newContext({ locale: "en-US", permissions: ["microphone"], ...options });
+    context.setDefaultTimeout(120_000); // the first request loads the model
     const troubles = [];
     context.on("page", (page) => {
       page.on("pageerror", (error) => troubles.push(String(error)));
@@ -97,16 +100,17 @@ function onPage(name, { url = () => server.at("localhost"), ...options }, body) 
       });
     });
     const page = await context.newPage();
-    page.setDefaultTimeout(60_000);
-    await page.goto(url());
     try {
+      await page.goto(url());
       await body(page, context);
+      assert.deepEqual(troubles, []);
     } catch (error) {
-      error.message += `\n${troubles.join("\n")}\n${await page.innerText("body").catch(() => "")}`;
+      const text = await page.innerText("body").catch(() => "");
+      error.message += ["", ...troubles, text, server.log().slice(-2000)].join("\n");
       throw error;
+    } finally {
+      await context.close();
     }
-    assert.deepEqual(troubles, []);
-    await context.close();
   });
 }
 
@@ -119,6 +123,8 @@ async function transcribe(page, file, options = {}) {
   await page.waitForSelector("#result:not([hidden]), #error:not([hidden])");
 }
 
+// Not by a click, which waits for a button that is seen: the work may have ended meanwhile.
+const cancel = (page) => page.evaluate(() => document.getElementById("cancel").click());
 const shown = (page, selector) => page.locator(selector).innerText();
 
 async function downloaded(page) {
@@ -166,20 +172,28 @@ onPage("a segment plays its part", {}, async (page) => {
   const rows = page.locator("#segments li");
   assert.ok(segments.length >= 3 && (await rows.count()) === segments.length);
   for (const at of [segments.length - 1, 1]) {
-    await page.evaluate(() => {
-      window.played = [];
+    await page.evaluate((at) => { // keeps what is seen, which may be over before somebody asks
       const player = document.getElementById("player");
+      const row = document.querySelectorAll("#segments li")[at];
+      const seen = (window.seen = { played: [], marked: false, still: 0, end: null });
       player.playbackRate = 0.5; // so that a busy machine stops it in time, too
-      player.ontimeupdate = () => window.played.push(player.currentTime);
-      window.stopped = new Promise((resolve) => player.addEventListener("pause", () => resolve(player.currentTime), { once: true }));
-    });
+      player.ontimeupdate = () => seen.played.push(player.currentTime);
+      player.addEventListener("pause", () => (seen.end = player.currentTime), { once: true });
+      new MutationObserver(() => (seen.marked ||= row.ariaCurrent === "true")).observe(row, { attributes: true });
+      let last = performance.now();
+      requestAnimationFrame(function frame(now) { // a page that gets no frames stops the sound that much later
+        seen.still = Math.max(seen.still, (now - last) / 1000);
+        last = now;
+        if (seen.end === null) requestAnimationFrame(frame);
+      });
+    }, at);
     await rows.nth(at).locator("button").click();
-    await page.waitForFunction((at) => document.querySelectorAll("#segments li")[at].ariaCurrent === "true", at);
-    const end = await page.evaluate(() => window.stopped);
-    const played = await page.evaluate(() => window.played);
+    await page.waitForFunction(() => window.seen.end !== null);
+    const { played, marked, still, end } = await page.evaluate(() => window.seen);
     const { start, end: expected } = segments[at];
+    assert.ok(marked);
     assert.ok(played.length && Math.min(...played) > start - 0.1, `${played} begins before ${start}`);
-    assert.ok(end > start + 0.5 && Math.abs(end - expected) < 0.8, `${end} is not ${expected}`);
+    assert.ok(end > start + 0.5 && Math.abs(end - expected) < 0.8 + still / 2, `${end} is not ${expected}`);
   }
   await page.evaluate(() => document.getElementById("player").play()); // from there on it plays freely
   const at = await page.evaluate(() => document.getElementById("player").currentTime);
@@ -226,8 +240,12 @@ onPage("the curl of a file with an odd name", { url: () => locked.at("localhost"
   const odd = path.join(folder, "it's \"my\" $HOME; `x` \\ 音.wav");
   fs.copyFileSync(fox, odd);
   await transcribe(page, odd);
-  const copied = page.waitForFunction(() => /Copied/.test(document.getElementById("copy-curl").textContent));
-  await Promise.all([copied, page.click("#copy-curl")]);
+  await page.evaluate(() => { // it says so for two seconds
+    const button = document.getElementById("copy-curl");
+    new MutationObserver(() => (window.copied ||= button.textContent === "Copied")).observe(button, { childList: true });
+  });
+  await page.click("#copy-curl");
+  await page.waitForFunction(() => window.copied);
   const command = await shown(page, "#curl");
   assert.ok(!command.includes("opensesame"));
   const env = { ...process.env, WHISPER_API_KEY: "opensesame" };
@@ -247,6 +265,7 @@ onPage("an error is shown in the server's words, and forgotten with the next fil
 onPage("a server that has gone", {}, async (page) => {
   await page.setInputFiles("#file", fox);
   await page.context().setOffline(true);
+  await page.waitForFunction(() => fetch("health").then(() => false, () => true));
   await page.click("#go");
   await page.waitForSelector("#error:not([hidden])");
   assert.equal(await shown(page, "#error"), "The server does not answer.");
@@ -325,8 +344,12 @@ for (const width of [320, 400]) {
     fs.copyFileSync(several, long);
     await transcribe(page, long, { words: true });
     await fits();
-    await page.locator("#segments li").nth(1).tap();
-    await page.waitForFunction(() => document.getElementById("player").currentTime > 1);
+    for (let taps = 1; ; taps++) { // where the finger's lifting comes late it was no tap
+      await page.locator("#segments li").nth(1).tap();
+      const plays = page.waitForFunction(() => document.getElementById("player").currentTime > 1, null, { timeout: 30_000 });
+      if (await plays.catch(() => null)) break;
+      assert.ok(taps < 3, "a tap plays nothing");
+    }
   });
 }
 
@@ -344,9 +367,10 @@ onPage("by keyboard alone", {}, async (page) => {
     }
     assert.fail(`${id} is not reached`);
   };
-  await reach("file");
-  const [chooser] = await Promise.all([page.waitForEvent("filechooser"), page.keyboard.press("Space")]);
-  await chooser.setFiles(several);
+  // Asked for before the keys: Chromium is told by another way than keys go, and the answers of reach() come behind it.
+  const chooser = page.waitForEvent("filechooser");
+  await Promise.all([chooser, reach("file").then(() => page.keyboard.press("Space"))]);
+  await (await chooser).setFiles(several);
   await reach("words");
   await page.keyboard.press("Space");
   await reach("go");
@@ -365,13 +389,21 @@ onPage("by keyboard alone", {}, async (page) => {
 });
 
 onPage("what the microphone hears", {}, async (page) => {
-  await page.click("#record");
-  await page.waitForFunction(() => /^Stop · 0:(0[89]|[1-5]\d)/.test(document.getElementById("record").textContent));
-  await page.click("#record");
-  await page.waitForFunction(() => /^recording\.webm/.test(document.getElementById("sound").textContent));
-  await page.click("#go");
-  await page.waitForSelector("#result:not([hidden])");
-  heard(await shown(page, "#segments"));
+  for (let take = 1; ; take++) {
+    await page.click("#record");
+    await page.waitForFunction(() => /^Stop · 0:(0[89]|[1-5]\d)/.test(document.getElementById("record").textContent));
+    await page.click("#record");
+    await page.waitForFunction(() => document.getElementById("record").textContent === "Record");
+    assert.match(await shown(page, "#sound"), /^recording\.webm/);
+    await page.click("#go");
+    await page.waitForSelector("#result:not([hidden])");
+    try {
+      heard(await shown(page, "#segments"));
+      break;
+    } catch (error) { // Chromium's made-up microphone loses sound on a busy machine
+      if (take === 3) throw error;
+    }
+  }
   await page.locator("#segments li button").first().click();
   await page.waitForFunction(() => document.getElementById("player").currentTime > 0.3);
 });
@@ -387,6 +419,7 @@ onPage("plain http from another machine: no recording, and why; all else works",
   });
   await page.focus("#pasted");
   await page.keyboard.press("Control+V");
+  await page.waitForFunction(() => document.getElementById("pasted").value);
   heard(await page.inputValue("#pasted"));
 });
 
@@ -398,7 +431,7 @@ onPage("an upload shows how far it is, and can be stopped", {}, async (page, con
   await page.click("#go");
   await page.waitForFunction(() => /^Sending · [1-9]\d? %$/.test(document.getElementById("far").textContent));
   assert.ok(await page.evaluate(() => document.getElementById("bar").value > 0));
-  await page.click("#cancel");
+  await cancel(page);
   await page.waitForSelector("#working", { state: "hidden" });
   assert.ok((await page.isHidden("#error")) && (await page.isHidden("#result")) && (await page.isEnabled("#go")));
 });
@@ -431,22 +464,24 @@ onPage("a transcription shows how far it is", {}, async (page) => {
 onPage("the server's own word of a long file is shown", {}, async (page) => {
   const long = path.join(folder, "long.wav");
   const sound = clips().flatMap((clip) => [...clip, ...silence(1)]);
-  writeWav(long, Array(30).fill(sound).flat()); // five minutes
+  writeWav(long, Array(60).fill(sound).flat()); // ten minutes
   await page.setInputFiles("#file", long);
   await page.click("#go");
   await page.waitForFunction(() => /^Transcribing · [1-9]\d? % · [\d.]+×$/.test(document.getElementById("far").textContent));
-  await page.click("#cancel");
+  await cancel(page);
 });
 
 onPage("the server is left alone while nobody looks", {}, async (page) => {
   let looks = 0;
-  page.on("request", (request) => (looks += request.url().endsWith("/health")));
+  const open = new Set();
+  page.on("request", (request) => request.url().endsWith("/health") && open.add(request) && looks++);
+  for (const end of ["requestfinished", "requestfailed"]) page.on(end, (request) => open.delete(request));
   await page.clock.install();
   await page.reload();
   const pass = async (seconds) => {
     for (let passed = 0; passed < seconds; passed += 5) {
       await page.clock.runFor(5000);
-      await new Promise((resolve) => setTimeout(resolve, 300)); // for the answer to come
+      do await pause(100); while (open.size); // the next look is arranged when the answer has come
     }
   };
   const turn = (hidden) => page.evaluate((hidden) => {
@@ -454,7 +489,7 @@ onPage("the server is left alone while nobody looks", {}, async (page) => {
     document.dispatchEvent(new Event("visibilitychange"));
   }, hidden);
   await pass(60);
-  assert.ok(looks >= 6 && looks <= 16, String(looks));
+  assert.ok(looks >= 6 && looks <= 40, String(looks)); // 12, and those of the time that passes meanwhile
   await turn(true);
   await pass(10);
   const before = looks;
