@@ -2133,7 +2133,6 @@ def test_keys_that_would_let_everybody_or_nobody_in_are_refused(keys: str) -> No
     assert "(hidden)" in str(refused.value)
 
 
-
 def test_bad_setting_ends_the_program_with_code_2() -> None:
     environment = os.environ | {"WHISPER_BEAM_SIZE": "none"}
     ended = subprocess.run(
@@ -2851,9 +2850,12 @@ def test_row_39_bad_language(strict: Served) -> None:
     message += "ISO-639-1 format."
     assert error == failure(message, param="language", code="invalid_language_format")
     body = strict.post(OPENAI, model="whisper", language="this should cause an error").content
-    assert body == json.dumps(
-        {"error": error, "usage": {"type": "duration", "seconds": 0}}, separators=(",", ":")
-    ).encode()
+    assert (
+        body
+        == json.dumps(
+            {"error": error, "usage": {"type": "duration", "seconds": 0}}, separators=(",", ":")
+        ).encode()
+    )
     assert len(body) == 251  # as recorded
 
 
@@ -4363,8 +4365,8 @@ def test_long_file_tells_how_far_it_is(tmp_path: Path) -> None:
         assert answer.result().status_code == 200
         in_time(lambda: served.health()["work"] == [])
     for work in seen:
-        assert list(work) == ["id", "model", "seconds_done", "seconds_known", "percent", "speed"]
-        assert (work["id"], work["model"]) == ("my-own-id", "base")
+        assert list(work) == ["id", "request", "model", "seconds_done", "seconds_known", "percent", "speed"]
+        assert (work["id"], work["request"], work["model"]) == ("my-own-id", 1, "base")  # 1: as in the log
     far = [work["seconds_done"] for work in seen if work["seconds_known"]]
     assert far == sorted(far) and len(set(far)) >= 3 and far[0] == 0 and 60 < far[-1] <= 120
     for work in seen:
@@ -4439,6 +4441,21 @@ def test_log_is_never_silent_for_ten_seconds(tmp_path: Path) -> None:
         served.wait_for("window of request 1")
         served.wait_for(r"request 1: waits for its first words, (9|10) s so far", 10)
         assert not answer.done()
+
+
+@pytest.mark.parametrize("state", ["testing the GPU", "loading"])
+def test_load_tells_how_far_it_is(tmp_path: Path, state: str) -> None:
+    slow = "\ndef slowly(*_):\n    time.sleep(3)\n    return real(*_)\n"
+    what = {"testing the GPU": "probe", "loading": "Engine"}[state]
+    code = f"\nreal = probe\n{slow}\nprobe = slowly\n" if what == "probe" else ""
+    patch = on_a_machine(tmp_path, code + "\nwhisper_server.PROGRESS_SECONDS = 0.5\n")
+    if what == "Engine":
+        patch += (
+            f"\nreal_probe, real = probe, whisper_server.Engine\n{slow}\nwhisper_server.Engine = slowly\n"
+        )
+    with serving(tmp_path, patch=patch, VAD="0", PRELOAD="1") as served:
+        served.wait_for(rf"model base: {state}, \d s so far")
+        served.wait_for("loaded on ")
 
 
 def test_upload_and_download_tell_how_far_they_are(hub: Hub, cut_off: dict[str, str], tmp_path: Path) -> None:
@@ -4534,8 +4551,22 @@ def test_browser_on_the_post_route_is_told_what_to_do(server: Served) -> None:
     message = refused(ask(server, AZURE + "&api-key=s3cret", browser, "GET"), 405)["message"]
     here = f"http://127.0.0.1:{server.port}"
     assert f"In a browser open {here}/ " in message
-    assert message.endswith(f'curl -F "file=@speech.mp3" "{here}{AZURE.partition("?")[0]}"')
+    assert f'try: curl "{here}{AZURE.partition("?")[0]}"' in message
     assert "s3cret" not in message + server.log()
+
+
+@pytest.mark.parametrize("name", ["server", "strict", "locked"])
+@pytest.mark.parametrize("path", ["/openai/deployments/whisper", "/v1", "/openai/v1"])
+def test_curl_that_a_browser_is_told_works(name: str, path: str, request: pytest.FixtureRequest) -> None:
+    served: Served = request.getfixturevalue(name)
+    message = refused(ask(served, path + "/audio/transcriptions", {}, "GET"), 405)["message"]
+    said = subprocess.check_output(shlex.split(command_for(message.partition("try: ")[2])), timeout=60)
+    assert fox(json.loads(said)["text"])
+
+
+def command_for(hint: str) -> str:
+    """A curl that the server gave, with a key and a file that are there."""
+    return hint.replace("YOUR-KEY", "second").replace("speech.mp3", str(ENGLISH.path))
 
 
 def test_hand_made_content_type_is_explained(server: Served) -> None:
@@ -4554,12 +4585,12 @@ def test_curl_of_the_banner_works(name: str, request: pytest.FixtureRequest) -> 
     served: Served = request.getfixturevalue(name)
     command = served.wait_for("try: (curl .*)")
     assert ("YOUR-KEY" in command) == (name == "locked")
-    command = command.replace("YOUR-KEY", "second").replace("speech.mp3", str(ENGLISH.path))
-    said = subprocess.check_output(shlex.split(command), timeout=60)
+    said = subprocess.check_output(shlex.split(command_for(command)), timeout=60)
     assert fox(json.loads(said)["text"])
-    lines = served.log().splitlines()[:4]
-    for line, part in zip(lines, ("http://localhost:", "keys: ", "try: curl", "model base: "), strict=True):
-        assert part in line
+    served.wait_for("device: cpu, ")
+    lines = served.log().splitlines()[:5]
+    for part in ("on http://localhost:", "keys: ", "try: curl", "device: cpu, ", "model base: "):
+        assert sum(part in line for line in lines) == 1, part
     assert (
         lines[1].endswith("keys: one of 2 in WHISPER_API_KEYS")
         if name == "locked"
@@ -4793,9 +4824,10 @@ def test_listed_origin_is_allowed_and_no_other(tmp_path: Path) -> None:
         preflight = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
         answer = served.http.options(AZURE, headers=preflight)
         assert answer.status_code == 204 and "POST" in answer.headers["access-control-allow-methods"]
-        assert "retry-after-ms" in served.http.get("/health", headers=preflight).headers[
-            "access-control-expose-headers"
-        ]
+        assert (
+            "retry-after-ms"
+            in served.http.get("/health", headers=preflight).headers["access-control-expose-headers"]
+        )
         asked = "authorization,x-stainless-arch,x-stainless-retry-count"  # openai-node in a browser
         answer = served.http.options(AZURE, headers=preflight | {"Access-Control-Request-Headers": asked})
         assert answer.headers["access-control-allow-headers"] == asked
@@ -4852,7 +4884,6 @@ def test_stream_has_the_number_of_its_request(server: Served) -> None:
     for path, begins in ((AZURE, ""), (OPENAI, "req_")):
         answer = server.post(path, model="w", stream="true")
         assert re.fullmatch(begins + "[0-9a-f-]{32,36}", answer.headers["x-request-id"])
-
 
 
 def test_bind_to_all_addresses_takes_any_host_but_no_foreign_origin(tmp_path: Path) -> None:
@@ -5220,7 +5251,6 @@ def test_model_that_cannot_translate_says_so(tmp_path: Path) -> None:
         assert words(served) == 1
 
 
-
 def test_process_that_cannot_be_started_is_tried_again(tmp_path: Path) -> None:
     full = tmp_path / "full"
     patch = f"""
@@ -5269,7 +5299,6 @@ def test_worker_in_a_step_is_not_idle() -> None:
     worker.idle_since = time.monotonic() - 100
     worker.tick()
     assert process.ended == 1 and worker.process is None
-
 
 
 def test_deaths_on_the_gpu_lead_to_the_cpu(tmp_path: Path) -> None:
@@ -5399,9 +5428,12 @@ def test_kubernetes_startup_waits_for_the_model(server: Served, tmp_path: Path) 
 # -- hangs -----------------------------------------------------------------------------------------
 
 # The parent alone: its child imports libraries within a step, which may take seconds on a busy machine.
-IMPATIENT = WORDY + """
+IMPATIENT = (
+    WORDY
+    + """
 whisper_server.STEP_SECONDS, whisper_server.LOAD_SECONDS = 4 if __name__ == "__main__" else 10, 5
 """
+)
 
 
 def test_worker_that_hangs_is_ended_and_its_request_done_again(tmp_path: Path) -> None:
@@ -5909,7 +5941,10 @@ def test_devices_that_a_container_was_not_given(machine: Machine) -> None:
     gpu, said = looked()
     assert gpu is None and "/dev/dri/renderD128 cannot be opened: No such file" in said and "--device" in said
     (machine.root / "dev/kfd").unlink()
-    assert "/dev/kfd cannot be opened: No such file" in looked()[1]
+    machine.pypi()
+    gpu, said = looked()  # all that is in the way is told at once
+    assert gpu is None and "/dev/kfd cannot be opened: No such file" in said and "/renderD128 cannot" in said
+    assert "cwsr_enable" in said and "has no ROCm" in said
 
 
 def test_devices_without_permission(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -5927,6 +5962,39 @@ def test_devices_without_permission(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu, said = looked()
     assert gpu is None and "/dev/kfd cannot be opened: Permission denied" in said
     assert "usermod -aG render,video" in said
+
+
+def test_device_is_told_before_a_model_is_loaded(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
+    def told(**named: Any) -> dict[str, str]:
+        caplog.clear()
+        with (
+            whisper_server.Server(Settings(port=0, **named)) as server,
+            caplog.at_level("INFO", "whisper"),
+        ):
+            server.look_for_device()
+            return server.device
+
+    name = "AMD Ryzen 7 7840HS w/ Radeon 780M Graphics"
+    why = "there is neither AMD's /dev/kfd nor NVIDIA's driver"
+    assert told() == {"device": "cpu", "name": name, "compute_type": "int8", "why": why}
+    assert told(device="cpu", compute_type="float32") == {
+        "device": "cpu",
+        "name": name,
+        "compute_type": "float32",
+        "why": "WHISPER_DEVICE=cpu",
+    }
+    assert told(device="gpu") == {"why": f"WHISPER_DEVICE=gpu, but {why}"}
+    assert "device: none; no GPU: WHISPER_DEVICE=gpu, but there is neither" in caplog.text
+    machine.radeon_780m().rocm()
+    found = told()
+    assert (found["device"], found["name"], found["gfx"]) == ("gpu", "Radeon 780M", "gfx1103")
+    assert "device: gpu, Radeon 780M, gfx1103; tested when a model is loaded" in caplog.text
+
+
+def test_device_is_told_by_health(locked: Served) -> None:
+    locked.wait_for("device: cpu")
+    told = locked.health()["device"]
+    assert (told["device"], told["compute_type"]) == ("cpu", "int8") and told["name"] and told["why"]
 
 
 # What the first run heard, from a CPU: 200 frames, and two sentences whose last token is a tie
@@ -5990,6 +6058,13 @@ def test_verdict_is_kept_until_something_changes(
     assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")]
     machine.file("opt/rocm/.info/version", "7.2.2\n")
     assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")]
+    machine.file("usr/lib64/rocblas/library/TensileLibrary_lazy_gfx1103.dat")
+    assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")]
+    for value in ("10.3.0", "11.0.2"):  # what the user sets counts by its value
+        monkeypatch.setenv("HSA_OVERRIDE_GFX_VERSION", value)
+        assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")]
+    monkeypatch.delenv("HSA_OVERRIDE_GFX_VERSION")
+    assert chosen() == (True, "gpu")
     monkeypatch.setattr(whisper_server.platform, "release", lambda: "7.0.1")
     assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")]
     assert [chosen(compute_type="float16"), chosen(compute_type="float16")] == [(True, "gpu"), (False, "gpu")]
@@ -6156,6 +6231,35 @@ def test_probe_that_fails_leads_to_the_cpu(tmp_path: Path, how: str) -> None:
         assert state["device"] == "cpu" and re.search(why, state["why"])
         assert "no GPU: " in served.log()
         in_time(lambda: len(psutil.Process(served.child()).children()) == 0)  # nor is a hanging one left
+
+
+TESTS = {
+    "hangs": ("time.sleep(1000)", "as int8 did not end within 60 s", 1),
+    "crashes": ("os.abort()", r"as float32 died \(exit code -6\)", 4),
+    "raises": ("1 / 0", "as float32 failed: ZeroDivisionError", 4),
+}
+
+
+@pytest.mark.parametrize("how", TESTS)
+def test_self_test_that_fails_leads_to_the_cpu(tmp_path: Path, how: str) -> None:
+    """Another type and another override may help where it failed; where it hung, they would hang, too."""
+    body, why, tries = TESTS[how]
+    code = f"""
+    def hear(directory, device, compute_type, threads, runs):
+        if runs == 2:
+            {body}
+        return [None]
+    real = whisper_server.in_throwaway
+    def in_throwaway(seconds, environment, function, *arguments):
+        seconds = 2 if {how == "hangs"} and arguments[-1:] == (2,) else 60
+        return real(seconds, environment, function, *arguments)
+    whisper_server.in_throwaway = in_throwaway
+    """
+    with serving(tmp_path, patch=on_a_machine(tmp_path, code), VAD="0") as served:
+        assert words(served) == 1
+        state = served.health()["models"]["base"]
+        assert state["device"] == "cpu" and re.search(why.replace("60 s", "2 s"), state["why"])
+        assert served.log().count("self-test: the Radeon 780M as ") == tries
 
 
 def test_gpu_is_asked_for_and_there_is_none(tmp_path: Path) -> None:
@@ -6345,7 +6449,6 @@ TROUBLES: dict[str, tuple[dict[str, str], str, str, str]] = {
     "the transcription fails": ({}, "Engine = None", "transcript", "NoneType"),
     "no such model": ({"MODEL": "giant"}, "", "model", "must be a directory, owner/name or one of"),
     "offline without model": ({"MODEL": "tiny", "OFFLINE": "1"}, "", "model", "WHISPER_OFFLINE=1"),
-    "packages are missing": ({}, "PACKAGES = ['not-there']", "packages", "not-there"),
     "no room": ({"MAX_UPLOAD_MB": "1000000"}, "ROOM_MB = 10**12", "disk", "MB free"),
 }
 
@@ -6361,6 +6464,25 @@ def test_check_names_what_prevents_serving(tmp_path: Path, trouble: str) -> None
     assert code == 1 and not json.loads(output)["ok"], output + errors
     found = {one["step"]: one for one in json.loads(output)["steps"] if one["state"] == "bad"}
     assert text in found[step]["text"] and found[step]["cure"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--check", "--json"]])
+def test_packages_are_missing(flags: list[str]) -> None:
+    """-S: Python without what pip has installed."""
+    command = [sys.executable, "-S", str(HERE / "whisper_server.py"), *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    if not flags:
+        assert re.fullmatch("not installed: faster-whisper, .*multipart.*pip install.*\n", ended.stderr)
+        return
+    found = [one for one in json.loads(ended.stdout)["steps"] if one["state"] == "bad"]
+    assert [one["step"] for one in found] == ["packages"] and not ended.stderr
+    assert "multipart" in found[0]["text"] and "requirements.txt" in found[0]["cure"]
+
+
+def test_check_of_a_wrong_setting() -> None:
+    code, output, errors = checked(HERE / "whisper_server.py", "--json", PORT="x")
+    assert code == 2 and states(output) == {"settings": "bad"} and "WHISPER_PORT='x'" in output + errors
 
 
 def test_check_of_the_port(server: Served, tmp_path: Path) -> None:
@@ -6388,6 +6510,29 @@ def test_json_goes_with_check() -> None:
     command = [sys.executable, str(HERE / "whisper_server.py"), "--json"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert ended.returncode == 2 and "--check" in ended.stderr
+
+
+def test_every_setting_is_in_compose_and_the_example_and_readme() -> None:
+    fields = dataclasses.fields(Settings)
+    defaults = {"WHISPER_" + field.name.upper() for field in fields}
+    compose = yaml.safe_load((HERE / "docker-compose.yml").read_text())
+    for name in ("whisper", "whisper-rocm"):
+        assert defaults <= set(compose["services"][name]["environment"]), name
+    example = set(re.findall(r"^#?(WHISPER_\w+)=", (HERE / ".env.example").read_text(), re.M))
+    assert example == defaults | {"WHISPER_PUBLISH"}
+    rows = re.findall(r"^\| (`WHISPER_.*?) \|", (HERE / "README.md").read_text(), re.M)
+    assert set(re.findall(r"WHISPER_\w+", " ".join(rows))) == defaults
+
+
+def test_compose_gives_the_gpu_to_its_own_service_alone() -> None:
+    services = yaml.safe_load((HERE / "docker-compose.yml").read_text())["services"]
+    cpu, rocm = services["whisper"], services["whisper-rocm"]
+    assert (cpu["build"]["target"], rocm["build"]["target"]) == ("cpu", "rocm")
+    assert "profiles" not in cpu and rocm["profiles"] == ["rocm"]  # naming it starts it alone
+    assert "devices" not in cpu and rocm["devices"] == ["/dev/kfd", "/dev/dri"]
+    assert all(re.fullmatch(r"\$\{\w+_GID:-\d+\}", group) for group in rocm["group_add"])
+    arguments = re.findall(r"^ARG (\w+)", (HERE / "Dockerfile").read_text(), re.M)
+    assert set(rocm["build"]["args"]) | set(cpu["build"]["args"]) == set(arguments)
 
 
 # -- what runs out ---------------------------------------------------------------------------------
@@ -6731,7 +6876,6 @@ def test_file_name_in_the_code_page_of_windows_is_no_reason_to_refuse(server: Se
             data = data.replace(b"/transcriptions ", b"/transcriptions?api-version=2024-10-21 ")
             answer = served.raw(data)
             assert statuses(answer) == [200] and b"quick brown fox" in answer, answer
-
 
 
 def test_last_of_many_duplicate_fields_counts(server: Served) -> None:

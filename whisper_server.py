@@ -45,7 +45,6 @@ import logging
 import math
 import mmap
 import multiprocessing
-import multiprocessing.connection
 import multiprocessing.reduction
 import os
 import platform
@@ -72,7 +71,11 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Literal
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-import multipart
+with contextlib.suppress(ModuleNotFoundError):  # `missing_packages` tells of it
+    import multipart
+
+if sys.version_info < (3, 10):  # noqa: UP036 - whoever starts this file may not have come by pip
+    sys.exit(f"Python 3.10 or newer is needed; this is {platform.python_version()}")
 
 if TYPE_CHECKING:  # the child alone imports these, and only when it needs them
     import numpy
@@ -1379,6 +1382,7 @@ SELF_TEST_SECONDS = 600  # large-v3 from a slow disk, then one window on a slow 
 FRAME_TOLERANCE = 0.5  # of a frame, for 99 in 100; INT8 alone moves them by 0.1 (base), garbage by 1 and more
 SURE = 1.0  # a token that leads by less may change: INT8 alone moves a lead by up to 0.4 (base)
 DOUBT_SECONDS = 86400  # a GPU that failed is tried again after a day, or by --check
+GPU_VARIABLES = ("HSA_", "HIP_", "ROCR_", "CUDA_", "CT2_")  # what a user may set, and results depend on
 GPU_FULL = 77  # exit code of a worker whose GPU has no memory left
 
 
@@ -1500,6 +1504,14 @@ def ctranslate2_libraries() -> list[Path]:
     return [*wheel, *ROOT.glob("opt/ctranslate2/lib/libctranslate2.so.?")]
 
 
+def rocblas_kernels() -> list[Path]:
+    """rocBLAS's kernel files, wherever it is installed."""
+    folders = ("opt/rocm*/lib/rocblas", "usr/lib64/rocblas", "usr/lib/*/rocblas/*")  # AMD, Fedora, Debian
+    kernels = [file for at in folders for file in ROOT.glob(f"{at}/library/*gfx*")]
+    kernels += (site_packages() or ROOT).glob("_rocm_sdk*/lib/rocblas/library/*gfx*")  # AMD's wheels
+    return kernels
+
+
 def rocm_targets() -> set[str] | None:
     """The gfx targets that the installed CTranslate2 and rocBLAS both have code for; None: no ROCm build.
 
@@ -1515,10 +1527,7 @@ def rocm_targets() -> set[str] | None:
             code |= {name.decode() for name in re.findall(rb"amdgcn-amd-amdhsa--(gfx[0-9a-f]+)", data)}
     if not hip:
         return None
-    folders = ("opt/rocm*/lib/rocblas", "usr/lib64/rocblas", "usr/lib/*/rocblas/*")  # AMD, Fedora, Debian
-    kernels = [file for at in folders for file in ROOT.glob(f"{at}/library/*gfx*")]
-    kernels += (site_packages() or ROOT).glob("_rocm_sdk*/lib/rocblas/library/*gfx*")  # AMD's wheels
-    blas = {name for file in kernels for name in re.findall(r"gfx[0-9a-f]+", file.name)}
+    blas = {name for file in rocblas_kernels() for name in re.findall(r"gfx[0-9a-f]+", file.name)}
     return code & blas if code and blas else code | blas or {"*"}
 
 
@@ -1572,7 +1581,14 @@ def find_gpu(asked_for: bool) -> tuple[Gpu | None, list[Finding]]:
         text = "/dev/kfd is there, but no GPU below /sys/class/kfd that may be used"
     elif any("0x1002" in card.read_text() for card in ROOT.glob("sys/class/drm/card*/device/vendor")):
         text = "there is a GPU of AMD, but no /dev/kfd: the amdgpu driver offers no computing"
-    return None, [Finding("GPU", "note", text, "in a container, pass the devices in (see README)")]
+    return None, [
+        Finding(
+            "GPU",
+            "note",
+            text,
+            "the CPU will do; a container sees a GPU only if its devices are passed in (see README)",
+        )
+    ]
 
 
 def find_amd(found: list[dict[str, Any]], targets: set[str] | None) -> tuple[Gpu | None, list[Finding]]:
@@ -1589,17 +1605,18 @@ def find_amd(found: list[dict[str, Any]], targets: set[str] | None) -> tuple[Gpu
         fixed["HSA_ENABLE_SDMA"] = "0"  # its copy engine is said to make APUs hang
     shared = ", shares the machine's memory" if one["apu"] else ""
     findings = [Finding("GPU", "ok", f"{one['name']}, {one['gfx']}, {one['simd_count']} SIMDs{shared}")]
-    for path in ("dev/kfd", f"dev/dri/renderD{one.get('drm_render_minor', 128)}"):
-        if trouble := unusable(path):
-            return None, [*findings, trouble]
-    findings.append(Finding("permission", "ok", "/dev/kfd and its render node can be opened"))
+    nodes = ("dev/kfd", f"dev/dri/renderD{one.get('drm_render_minor', 128)}")
+    troubles = [trouble for path in nodes if (trouble := unusable(path))]
+    opened = Finding("permission", "ok", "/dev/kfd and its render node can be opened")
+    findings += troubles or [opened]
     option = read_system("sys/module/amdgpu/parameters/cwsr_enable")
     if one["gfx"] == "gfx1103" and option:
         cure = "if it hangs or resets, boot with amdgpu.cwsr_enable=0 (ROCm#6658)"
         text = f"Linux {platform.release()}, amdgpu.cwsr_enable={option}"
         findings.append(Finding("kernel", "ok", text, cure if option != "0" else ""))
     environments, finding = rocm_environments(one["gfx"], targets, fixed)
-    return Gpu(one["name"], one["gfx"], environments) if environments else None, [*findings, finding]
+    usable = environments and not troubles
+    return Gpu(one["name"], one["gfx"], environments) if usable else None, [*findings, finding]
 
 
 def find_wsl(targets: set[str] | None, asked_for: bool) -> tuple[Gpu | None, list[Finding]]:
@@ -1621,6 +1638,10 @@ def find_wsl(targets: set[str] | None, asked_for: bool) -> tuple[Gpu | None, lis
 class Fault(Exception):
     """A throw-away process failed, died or hung; the message says which."""
 
+    def __init__(self, message: str, hung: bool = False) -> None:
+        super().__init__(message)
+        self.hung = hung
+
 
 def in_throwaway(
     seconds: float, environment: dict[str, str], function: Callable[..., Any], *arguments: Any
@@ -1633,7 +1654,7 @@ def in_throwaway(
     theirs.close()
     try:
         if not ours.poll(seconds):
-            raise Fault(f"did not end within {seconds:g} s")
+            raise Fault(f"did not end within {seconds:g} s", hung=True)
         good, result = ours.recv()
     except EOFError:
         process.join(5)
@@ -1750,12 +1771,15 @@ def verdict_file(directory: Path) -> Path:
 def circumstances(directory: Path, gpu: Gpu, types: Iterable[str]) -> str:
     """All that a verdict depends on: if any of it changes, the GPU is tested again."""
     weights = (directory / "model.bin").stat()
-    libraries = [(path.name, path.stat().st_size) for path in sorted(ctranslate2_libraries())]
+    files = [*ctranslate2_libraries(), *rocblas_kernels()]
+    libraries = hashlib.sha256(repr(sorted((one.name, one.stat().st_size) for one in files)).encode())
+    chosen = sorted(one for one in os.environ.items() if one[0].startswith(GPU_VARIABLES))
     folders = ("proc/driver/nvidia", "sys/module/amdgpu", "opt/rocm/.info")
     drivers = [read_system(f"{at}/version") for at in folders]
     model = [str(directory.resolve()), weights.st_size, weights.st_mtime_ns]
     versions = [__version__, importlib.metadata.version("ctranslate2"), platform.release(), *drivers]
-    return json.dumps([versions, libraries, model, dataclasses.astuple(gpu), list(types)])
+    found = [dataclasses.astuple(gpu), list(types), chosen]
+    return json.dumps([versions, libraries.hexdigest(), model, found])
 
 
 def verdict_on(
@@ -1787,7 +1811,8 @@ def try_gpu(
 ) -> dict[str, Any]:
     """The environment and the compute type in which a GPU hears what the CPU hears, or `why` there is none.
 
-    The models are loaded one after the other, each in a process that ends before the next one begins.
+    The models are loaded one after the other, each in a process that ends before the next one begins. A hang
+    ends it: the next would hang, too, as gfx1103 does, and its request waits ten minutes for each.
     Raises Fault if the CPU itself cannot run the model.
     """
     why, cpu = "", None
@@ -1798,20 +1823,46 @@ def try_gpu(
             why = why or f"CTranslate2 sees no {gpu.name}" if not able else f"{gpu.name} has none of {types}"
         except Fault as fault:
             able, why = [], f"the probe of the {gpu.name} {fault}"
+            if fault.hung:
+                break
         for compute_type in [one for one in types if able and one in (*able, "default")]:
             patience(2 * SELF_TEST_SECONDS)
             if cpu is None:
                 cpu = in_throwaway(SELF_TEST_SECONDS, {}, hear, directory, "cpu", "int8", threads, 1)[0]
             try:
                 asked = (hear, directory, GPU, compute_type, threads, 2)
-                wrong = difference(cpu, in_throwaway(SELF_TEST_SECONDS, environment, *asked))
+                wrong, hung = difference(cpu, in_throwaway(SELF_TEST_SECONDS, environment, *asked)), False
             except Fault as fault:
-                wrong = str(fault)
+                wrong, hung = str(fault), fault.hung
             if not wrong:
                 return {"why": "", "environment": environment, "compute_type": compute_type}
             why = f"the {gpu.name} as {compute_type} {wrong}"
             log.error("self-test: %s; environment %s", why, environment)
+            if hung:
+                return {"why": why}
     return {"why": why}
+
+
+def gpu_wanted(settings: Settings) -> tuple[Gpu | None, str]:
+    """The GPU worth trying under these settings; if there is none, why."""
+    if settings.device == "cpu":
+        return None, "WHISPER_DEVICE=cpu"
+    gpu, findings = find_gpu(settings.device == "gpu")
+    return gpu, "; ".join(one.text for one in findings if one.state == "note")
+
+
+def device_in_sight(settings: Settings) -> dict[str, str]:
+    """What is likely to run a model, as far as files tell before one is loaded; for the log and /health."""
+    gpu, why = gpu_wanted(settings)
+    if gpu:
+        found = {"device": "gpu", "name": gpu.name, "gfx": gpu.gfx, "note": "tested when a model is loaded"}
+    elif settings.device == "gpu":
+        found = {"why": f"WHISPER_DEVICE=gpu, but {why}"}
+    else:
+        wanted = settings.compute_type
+        found = {"device": "cpu", "name": cpu_name(), "compute_type": "int8" if wanted == "auto" else wanted}
+        found["why"] = why
+    return {name: text for name, text in found.items() if text}
 
 
 def choose_device(
@@ -1822,10 +1873,7 @@ def choose_device(
     `given_up`: why an earlier worker gave the GPU up. `patience(seconds)` is called before a step that
     may take so long. Raises Refusal 503 if WHISPER_DEVICE=gpu and none works.
     """
-    gpu, why = None, given_up or ("WHISPER_DEVICE=cpu" if settings.device == "cpu" else "")
-    if not why:
-        gpu, findings = find_gpu(settings.device == "gpu")
-        why = next((one.text for one in reversed(findings) if one.state == "note"), "")
+    gpu, why = (None, given_up) if given_up else gpu_wanted(settings)
     if gpu:
         try:
             verdict = verdict_on(gpu, directory, settings, patience)
@@ -2773,7 +2821,8 @@ def child_main(pipe: Any, settings: Settings, model: str, given_up: str) -> None
 # metrics: what has happened so far, as Prometheus reads it
 # ------------------------------------------------------------------------------------------------
 
-STATES = ("not loaded", "fetching", "testing the GPU", "loading", "ready", "unavailable")
+SLOW_STATES = ("fetching", "testing the GPU", "loading")
+STATES = ("not loaded", *SLOW_STATES, "ready", "unavailable")
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)  # a clip, a meeting
 HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {  # name -> help, upper bounds of its buckets
     "windows_per_batch": ("Windows decoded in one run of the model.", (1, 2, 3, 4, 6, 8, 12, 16)),
@@ -3536,9 +3585,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         message = f"Method {self.command} is not allowed here; use {allowed}."
         if route.method == "POST":
             here = f"http://{self.headers.get('Host') or 'localhost'}"[:100]
-            path = self.path.partition("?")[0][:100]  # a key may follow
+            command = self.server.command(here, self.path.partition("?")[0][:100])  # a key may follow
             message += " This address is for programs: it takes a file of sound and answers with its text."
-            message += f' In a browser open {here}/ or try: curl -F "file=@speech.mp3" "{here}{path}"'
+            message += f" In a browser open {here}/ or try: {command}"
         return Refusal(405, message, code="method_not_allowed", headers=(("Allow", f"{allowed}, OPTIONS"),))
 
     # -- who asks ---------------------------------------------------------------------------------
@@ -3772,10 +3821,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "status": state,
             "version": __version__,
             "model": server.settings.model,
+            "device": server.device,
             "models": {model: worker.state for model, worker in list(server.workers.items())},
             "requests": {"in_work": server.in_work, "limit": server.settings.max_queue},
             "work": [
-                {"id": one.name, "model": given[0].model, **given[1].far()}
+                {"id": one.name, "request": given[1].id, "model": given[0].model, **given[1].far()}
                 for one in list(server.present)
                 if (given := one.job)
             ],
@@ -4050,6 +4100,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.started_at = time.time()
+        self.device: dict[str, str] = {}  # what is likely to run a model; each model tells what really does
         self.workers: dict[str, Worker] = {}
         self.lock = threading.Lock()
         self.metrics = Metrics()
@@ -4171,9 +4222,7 @@ class Server(http.server.ThreadingHTTPServer):
         workers = list(self.workers.values())
         for worker in workers:
             worker.tick()
-        slow: list[Worker | Handler] = [
-            one for one in workers if one.state["state"] in ("fetching", "loading")
-        ]
+        slow: list[Worker | Handler] = [one for one in workers if one.state["state"] in SLOW_STATES]
         slow += list(self.present)
         self.progress.show({one: one.far() for one in slow})
         if IS_INIT:
@@ -4223,10 +4272,23 @@ class Server(http.server.ThreadingHTTPServer):
         else:
             host = settings.host
             log.warning("anybody who reaches %s may use this server: WHISPER_API_KEYS is not set", host)
-        key = "api-key: " + ("YOUR-KEY" if keys else "dummy")
-        path = f"/openai/deployments/{quote(next(iter(settings.deployments), 'whisper-1'), safe='')}"
-        path += "/audio/transcriptions" + ("?api-version=2024-10-21" if settings.strict else "")
-        log.info('try: curl "%s%s" -H "%s" -F "file=@speech.mp3"', self.url, path, key)
+        deployment = quote(next(iter(settings.deployments), "whisper-1"), safe="")
+        path = f"/openai/deployments/{deployment}/audio/transcriptions"
+        log.info("try: %s", self.command(self.url, path))
+
+    def command(self, url: str, path: str) -> str:
+        """The curl that a person may try at a route for sound."""
+        azure = "/openai/deployments/" in path
+        version = "?api-version=2024-10-21" if azure and self.settings.strict else ""
+        key = "YOUR-KEY" if self.settings.api_keys else "dummy"
+        model = "" if azure else f" -F model={next(iter(self.settings.deployments), 'whisper-1')}"
+        return f'curl "{url}{path}{version}" -H "api-key: {key}" -F "file=@speech.mp3"{model}'
+
+    def look_for_device(self) -> None:
+        """Say what is likely to run a model. In a thread: ROCm's libraries have gigabytes to look through."""
+        self.device = found = device_in_sight(self.settings)
+        facts = [found[name] for name in ("device", "name", "gfx", "compute_type") if name in found]
+        log.info("device: %s; %s", ", ".join(facts) or "none", found.get("note") or f"no GPU: {found['why']}")
 
     def prepare(self) -> None:
         """Fetch what is missing, load what WHISPER_PRELOAD asks for; say what is known of the model."""
@@ -4249,36 +4311,43 @@ class Server(http.server.ThreadingHTTPServer):
 # ------------------------------------------------------------------------------------------------
 
 PACKAGES = "faster-whisper ctranslate2 multipart av onnxruntime tokenizers huggingface-hub numpy".split()
+PACKAGES_CURE = "python -m pip install -r requirements.txt, or ./run.sh"
 CHECK_SECONDS = 1800  # the self-test of a large model on a GPU, and one window on a slow CPU
 ROOM_MB = 64  # for an upload; below, no recording of some length can be stored
 
 
 def check(settings: Settings) -> Iterator[Finding]:
     """Every step from the installation to a transcript, each with what was found and its cure."""
-    yield from check_packages()
+    yield Finding("Python", "ok", f"{platform.python_version()} in {sys.prefix}")
+    yield check_packages()
     gpu, steps = find_gpu(settings.device == "gpu") if settings.device != "cpu" else (None, [])
     for step in steps:
         needed = settings.device == "gpu" and gpu is None and step.state == "note"
         yield dataclasses.replace(step, state="bad") if needed else step
     yield check_disk(settings)
     yield check_port(settings)
-    for model in settings.models():
+    for model in settings.models() if not missing_packages() else ():
         yield from check_model(settings, model)
 
 
-def check_packages() -> Iterator[Finding]:
-    """Python and the packages that the server needs."""
-    yield Finding("Python", "ok", f"{platform.python_version()} in {sys.prefix}")
-    versions, missing = [], []
-    for name in PACKAGES:
-        try:
-            versions.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(name)
-    if missing:
-        cure = "python -m pip install -r requirements.txt, or ./run.sh"
-        yield Finding("packages", "bad", f"not installed: {', '.join(missing)}", cure)
-    yield Finding("packages", "ok", ", ".join(versions))
+def missing_packages() -> list[str]:
+    """The packages that the server needs and that are not installed. They are found, not imported."""
+    return [name for name in PACKAGES if not importlib.util.find_spec(name.replace("-", "_"))]
+
+
+def check_packages() -> Finding:
+    """The packages that the server needs."""
+    if missing := missing_packages():
+        return Finding("packages", "bad", f"not installed: {', '.join(missing)}", PACKAGES_CURE)
+    return Finding("packages", "ok", ", ".join(f"{name} {version_of(name)}" for name in PACKAGES))
+
+
+def version_of(package: str) -> str:
+    """A package's version; one that was built from source may tell none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(no version)"
 
 
 def check_disk(settings: Settings) -> Finding:
@@ -4325,7 +4394,11 @@ def check_model(settings: Settings, model: str) -> Iterator[Finding]:
         yield from check_transcription(settings, model, directory)
     else:
         cache = hub_cache(repository_of(model)[0]).parent
-        text = f"{model} is not on this machine, and WHISPER_OFFLINE={int(settings.offline)}"
+        there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+        free = shutil.disk_usage(there).free // 2**20
+        text = (
+            f"{model} is not on this machine, and WHISPER_OFFLINE={int(settings.offline)}; {free} MB are free"
+        )
         cure = f"the server fetches it at its first start, into {cache}"
         if settings.offline:
             cure = f"start once with WHISPER_OFFLINE=0, or copy it into {cache}"
@@ -4373,9 +4446,10 @@ def tone(seconds: int) -> bytes:
 
 def outcome(worker: Worker, job: Job) -> tuple[Any, ...]:
     """The last event of a job, within CHECK_SECONDS."""
-    end = time.monotonic() + CHECK_SECONDS
+    end, progress = time.monotonic() + CHECK_SECONDS, Progress()
     while time.monotonic() < end:
         worker.tick()
+        progress.show({worker: worker.far()} if worker.state["state"] in SLOW_STATES else {})
         with contextlib.suppress(queue.Empty):
             told = job.events.get(timeout=0.5)
             if told[0] in ("done", "failed"):
@@ -4383,10 +4457,10 @@ def outcome(worker: Worker, job: Job) -> tuple[Any, ...]:
     return "failed", Refusal(503, f"there was no answer within {CHECK_SECONDS} s")
 
 
-def print_check(settings: Settings, as_json: bool) -> int:
+def print_check(findings: Iterable[Finding], as_json: bool) -> int:
     """Print what `check` finds, as it is found or as one JSON object; the exit code: 1 if it cannot serve."""
     found = []
-    for one in check(settings):
+    for one in findings:
         found.append(one)
         if not as_json:
             mark = {"ok": "ok  ", "note": "note", "bad": "BAD "}[one.state]
@@ -4452,11 +4526,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = Settings.read(dict(os.environ) | named)
     except SettingError as error:
+        if flags.json:
+            print_check([Finding("settings", "bad", str(error))], True)
         print(error, file=sys.stderr)
         return 2
     start_logging(settings)
     if flags.check:
-        return print_check(settings, flags.json)
+        return print_check(check(settings), flags.json)
+    if missing := missing_packages():
+        print(f"not installed: {', '.join(missing)}; install them: {PACKAGES_CURE}", file=sys.stderr)
+        return 1
     try:
         server = Server(settings)
     except OSError as error:
@@ -4469,6 +4548,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name in Settings.misspelt(os.environ):
         log.warning("%s is not a setting and has no effect", name)
     server.invite()
+    look = threading.Thread(target=server.look_for_device, daemon=True)
+    look.start()
+    look.join(0.2)  # mostly it is done at once, and its line stands among the others
     server.prepare()
     server.serve_forever()
     server.server_close()
