@@ -344,6 +344,9 @@ class Run:
     def long(self) -> None:
         """A long file: time, error rate, memory; and a short clip while it is in work."""
         clip = self.long_clip
+        if clip.seconds <= LONG_SECONDS:
+            self.result["long file"] = f"not timed: no clip is longer than {LONG_SECONDS} s, see --manifest"
+            return
         times: dict[str, list[float]] = {"ours": [], "stock": []}
         peaks: dict[str, float] = {}
         rates = {}
@@ -372,7 +375,7 @@ class Run:
         thread.start()
         time.sleep(1.5)
         busy = []
-        while thread.is_alive():
+        while thread.is_alive() or not busy:
             busy.append(self.ours.hear(clip, clip.lang).seconds)
             time.sleep(0.3)
         self.result["short clip beside a long file"] = {
@@ -450,12 +453,12 @@ def main() -> None:
     try:
         for name in options.parts.split(","):
             parts[name](run)
-    finally:
+    finally:  # what was measured before something went wrong, too
         run.ours.process.terminate()
-    text = json.dumps(run.result, indent=2)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n")
+        text = json.dumps(run.result, indent=2)
+        print(text)
+        if options.json:
+            options.json.write_text(text + "\n")
 
 
 if __name__ == "__main__":
