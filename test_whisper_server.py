@@ -6644,7 +6644,8 @@ def test_check_names_what_prevents_serving(tmp_path: Path, trouble: str) -> None
 def test_packages_are_missing(flags: list[str]) -> None:
     """-S: Python without what pip has installed."""
     command = [sys.executable, "-S", str(HERE / "whisper_server.py"), *flags]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    environment = os.environ | {"WHISPER_PORT": "0"}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert ended.returncode == 1
     if not flags:
         assert re.fullmatch("not installed: faster-whisper, .*multipart.*pip install.*\n", ended.stderr)
