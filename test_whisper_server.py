@@ -1376,7 +1376,7 @@ def test_window_that_cannot_tell_the_language_ends_the_file() -> None:
 
 
 def test_only_what_detects_the_language_is_encoded_twice_alike(engine: Engine) -> None:
-    """An English-only model detects none: its second encoding was taken for the first, and words came twice."""
+    """An English-only model detects none: the rest of a window was taken for its beginning."""
     features = np.zeros((engine.whisper.model.n_mels, 3000), np.float32)
     recording, window = Recording(1, Options(), io.BytesIO()), Window(0, samples_of(ENGLISH), [])
     for detects in (True, False):

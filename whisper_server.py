@@ -5,19 +5,29 @@
     curl http://localhost:8000/openai/deployments/whisper-1/audio/transcriptions \\
          -H "api-key: dummy" -F "file=@speech.mp3"
 
-The file is laid out in the order of a request:
+The file is in the order of a request, a section to each step; a banner begins each section:
 
-    socket -> Handler ----------> form -> worker (child process) -> transcript -> render -> socket
-              route, key, limits  temp    decode -> speech windows -> model
-              place in the queue  file    (PyAV)    (Silero VAD)      (one owner)
+    settings, errors, languages         what all the others know
+    transcript, rendering, form         plain data; pure functions to and from it
+    connection                          strict HTTP/1.1 on one socket; knows no Azure
+    routes and answers                  who asks for what; each reply is written here
+    metrics, server                     what is counted; connections, the queue, start, drain, stop
+    messages                            all that passes between the two processes
+    worker                              the parent's end of a child: starts it, outlives its deaths
+    child: one file                     a job from its bytes to its last segment
+    windows                             FFmpeg decodes, the VAD finds speech, silence is where to cut
+    owner, engine                       whose window is next at the model; one window through it
+
+    below them what no request passes: model files, devices, check; at the end `main`
 
 Two processes. The parent speaks HTTP and touches neither media nor model; it imports nothing
 beyond the standard library and `multipart`. A child per model decodes, finds speech and owns the
 model: FFmpeg parses hostile bytes, a GPU fault aborts its process, and only the end of a process
-surely gives its memory back. What passes between the two stands in one place: "messages" below.
+surely gives its memory back.
 
 Comments name the source of a rule: `contract` and `engine.md` are the project's notes on the replies that
-Azure and OpenAI were recorded to send, and on what the libraries were seen to do.
+Azure and OpenAI were recorded to send, and on what the libraries were seen to do; a name with `#` is an
+issue of that project.
 """
 
 from __future__ import annotations
@@ -1144,12 +1154,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
         last = [("Connection", "close")] if self.close_connection else []
         self.wire.write(answer_head(status, [*headers, *last], reason) + body)
 
-    def begin_chunks(self, status: int, *headers: Iterable[tuple[str, str]]) -> None:
+    def begin_chunks(self, status: int, headers: Iterable[tuple[str, str]]) -> None:
         """The head of an answer whose length is not known yet; to HTTP/1.0 it ends with the connection."""
         self.exchange.chunked = self.request_version != "HTTP/1.0"
         coding = [("Transfer-Encoding", "chunked")] if self.exchange.chunked else []
         self.close_connection = self.close_connection or not coding
-        self.send_head(status, [*itertools.chain(*headers), *coding])
+        self.send_head(status, [*headers, *coding])
 
     def send_chunk(self, data: bytes) -> None:
         """Some bytes of such an answer."""
@@ -1655,7 +1665,7 @@ class Handler(Connection):
         """Some bytes of a stream; the head goes first, only when it is sure that the stream begins."""
         if not self.exchange.head_sent:
             stream = [("Content-Type", "text/event-stream; charset=utf-8"), ("Cache-Control", "no-store")]
-            self.begin_chunks(200, [*stream, self.number()], self.common_headers())
+            self.begin_chunks(200, [*stream, self.number(), *self.common_headers()])
         self.send_chunk(data)
 
     def log_answer(self, size: int) -> None:
@@ -1930,7 +1940,7 @@ class Server(http.server.ThreadingHTTPServer):
         finally:
             with self.lock:
                 del self.present[handler]
-                self.seconds_each += 0.2 * (time.monotonic() - started - self.seconds_each)
+                self.seconds_each += 0.2 * (time.monotonic() - started - self.seconds_each)  # the last few
 
     def too_busy(self, handler: Handler, task: str) -> Refusal:
         """429 in Azure's words as far as they are true (contract §3.6)."""
@@ -2446,7 +2456,7 @@ class Worker:
 
 
 # ------------------------------------------------------------------------------------------------
-# child: the worker process; one file from its bytes to its last segment
+# child: one file, in the worker process, from its bytes to its last segment
 # ------------------------------------------------------------------------------------------------
 
 HEAD_START_SECONDS = 30  # decoded without waiting for a turn, so that a clip never waits for a long file
@@ -2839,7 +2849,7 @@ class Sound:
 
 
 # ------------------------------------------------------------------------------------------------
-# windows: bytes of any container -> sound at 16 kHz -> windows of speech
+# windows: bytes of any container -> sound at 16 kHz -> windows of speech (in the child)
 # ------------------------------------------------------------------------------------------------
 
 RATE = 16_000  # samples a second, as Whisper hears
@@ -3030,8 +3040,8 @@ def plan_windows(
 def find_speech(samples: Samples, vad: bool) -> list[tuple[int, int]]:
     """Runs of speech, in samples, cut where somebody pauses; without VAD everything counts as speech.
 
-    Where nobody pauses the VAD cuts anywhere, through words, which are lost: on a noisy reading of 4 min
-    that made the word error rate 14.8 % instead of 11.4. There a run may be UNBROKEN_SECONDS long.
+    Where nobody pauses the VAD cuts anywhere, through words, which are lost. There a run may be
+    UNBROKEN_SECONDS long, and is cut where it is quiet.
     """
     from faster_whisper.vad import VadOptions, get_speech_timestamps
 
@@ -3133,7 +3143,7 @@ def undecodable() -> Refusal:
 
 
 # ------------------------------------------------------------------------------------------------
-# owner: who may call the model, and when
+# owner: who may call the model, and when (in the child)
 # ------------------------------------------------------------------------------------------------
 
 SHARED_WINDOWS = 4  # of one file in one generate while other requests are about: a bound on their wait
@@ -3395,12 +3405,12 @@ class OwnedModel:
 
 
 # ------------------------------------------------------------------------------------------------
-# engine: one window through the model
+# engine: one window through the model (in the child)
 # ------------------------------------------------------------------------------------------------
 
 FULL = 3000  # frames of 10 ms: what Whisper was trained on
 FITTED = (600, 800, 1000, 1200, 1500, 2000, FULL)  # few sizes, so that windows share a batch
-FIT_MARGIN = 300  # frames of nothing after the sound: with 50 one window in five went wrong, now none
+FIT_MARGIN = 300  # frames of nothing after the sound, without which one window in five goes wrong
 STAMP_SLACK = 2.0  # seconds a stamp may lie past the sound before the window counts as misfit
 MAX_TOKENS_A_SECOND = 10  # English takes 4; a short window that speaks faster has begun to loop
 FEW_TOKENS = 20  # more than that: a window of a second may hold some words, their stamps and a name
@@ -3940,7 +3950,7 @@ def download_wheels(folder: str, progress: Callable[[int, int], None]) -> None:
     done = 0  # bytes
     with subprocess.Popen(pip, stdin=subprocess.DEVNULL, env=environment) as downloading:
         while downloading.poll() is None:
-            time.sleep(0.2)
+            time.sleep(0.2)  # between two looks at how far it is
             with contextlib.suppress(OSError):  # a file that pip has just moved
                 sizes = {file.name: file.stat().st_size for file in Path(folder).rglob("*.whl")}
                 done = min(max(done, sum(sizes.values())), MIRROR_BYTES)
