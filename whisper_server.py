@@ -2413,24 +2413,16 @@ class Worker:
         """
         self.pipe.close()
         self.process = None
+        log.error("model %s: the worker died (exit code %s) with %d jobs", self.model, code, len(self.jobs))
         only_files = all(step.kind == "decode" for step in self.late)  # else more than some decodings hung
         causes = {step.number for step in self.late} if only_files else set()
-        in_model = any(step.kind not in ("arrival", "decode") for step in self.steps)
-        self.deaths += in_model and not causes  # a file that ends FFmpeg is no fault of the GPU
-        log.error("model %s: the worker died (exit code %s) with %d jobs", self.model, code, len(self.jobs))
-        on_gpu = self.state.get("device") == "gpu" and self.settings.device != "gpu"
-        self.state = {"state": "not loaded", "last_death": f"exit code {code}"}
-        if code == GPU_FULL or (on_gpu and self.deaths >= DEATHS_ON_GPU):
-            deaths = f"{self.deaths} deaths on the GPU"
-            self.given_up = "the GPU ran out of memory" if code == GPU_FULL else deaths
-            log.error("model %s: %s; using the CPU from now on", self.model, self.given_up)
-        waiting = set(list(self.again)[1:])  # for their second try; the dead child never had them
-        tried = [job for job in self.jobs.values() if job not in waiting]
+        self._blame_gpu(code, causes)
+        not_begun = set(list(self.again)[1:])  # their second try; the dead child never had them
+        tried = [job for job in self.jobs.values() if job not in not_begun]
         most = TRIES if len(tried) == 1 else MOST_TRIES
         for job in tried:
             job.tries -= bool(causes)
-            if job.id in causes:
-                # FFmpeg takes quadratic time for tags, say, and nothing limits their number.
+            if job.id in causes:  # FFmpeg takes quadratic time for tags, say, and nothing limits their number
                 message = f"The file could not be decoded: it was not understood within {STEP_SECONDS} s."
                 self._fail(job, Refusal(400, message, param="file"))
             elif job.tries >= most or (job.passed_on and job.options.stream):
@@ -2439,16 +2431,23 @@ class Worker:
                 self._fail(job, Refusal(500, message, type="server_error", headers=NO_RETRY))
             elif job.passed_on:
                 job.events.put(("again",))
-        queued = set(self.again)
-        others = [job for job in self.jobs.values() if job not in queued]
+        left = [job for job in self.jobs.values() if job not in self.again]
+        self.again = collections.deque(job for job in self.again if job.id in self.jobs)
         if not causes:
-            self.again.extend(others)
-        while self.again and self.again[0].id not in self.jobs:
-            self.again.popleft()
-        for job in others if causes else []:
+            self.again.extend(left)
+        for job in [*(left if causes else ()), *itertools.islice(self.again, 1)]:
             self._send_job(job)
-        if self.again:
-            self._send_job(self.again[0])
+
+    def _blame_gpu(self, code: int | None, causes: set[int]) -> None:
+        """Give the GPU up if its memory is full, or if children died over it; `causes`: files that hung."""
+        in_model = any(step.kind not in ("arrival", "decode") for step in self.steps)
+        self.deaths += in_model and not causes  # a file that ends FFmpeg is no fault of the GPU
+        on_gpu = self.state.get("device") == "gpu" and self.settings.device != "gpu"
+        self.state = {"state": "not loaded", "last_death": f"exit code {code}"}
+        if code == GPU_FULL or (on_gpu and self.deaths >= DEATHS_ON_GPU):
+            deaths = f"{self.deaths} deaths on the GPU"
+            self.given_up = "the GPU ran out of memory" if code == GPU_FULL else deaths
+            log.error("model %s: %s; using the CPU from now on", self.model, self.given_up)
 
     def _fail(self, job: Job, refusal: Refusal) -> None:
         job.events.put(("failed", refusal))
@@ -2897,10 +2896,7 @@ def decode(
     seconds, failure = 0.0, None
     file.seek(0)  # the parent wrote it through the same descriptor
     try:
-        options: dict[str, Any] = {"options": {"format_whitelist": DEMUXERS}}
-        if int(av.__version__.split(".")[0]) < 19:  # until then a Latin-1 tag raised by default
-            options["metadata_errors"] = "replace"
-        with av.open(Nameless(file), **options) as container:
+        with open_media(file) as container:
             if not container.streams.audio:
                 raise Refusal(400, "The file has no audio track.", param="file")
             if (container.duration or 0) / av.time_base > 1.1 * max_seconds:  # an estimate in some
@@ -2920,6 +2916,16 @@ def decode(
     if failure is not None and not seconds:
         log.debug("cannot decode: %s", failure)
         raise undecodable()
+
+
+def open_media(file: IO[bytes]) -> Any:
+    """FFmpeg's reader of a file. Raises av.error.FFmpegError."""
+    import av
+
+    options: dict[str, Any] = {"options": {"format_whitelist": DEMUXERS}}
+    if int(av.__version__.split(".")[0]) < 19:  # where a Latin-1 tag raises by default
+        options["metadata_errors"] = "replace"
+    return av.open(Nameless(file), **options)
 
 
 def too_long(max_seconds: float) -> Refusal:
