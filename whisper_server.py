@@ -60,7 +60,6 @@ import os
 import platform
 import queue
 import re
-import select
 import shutil
 import signal
 import socket
@@ -814,6 +813,7 @@ STALL_SECONDS = 30  # a body that brings less than MIN_RATE over such a stretch 
 MIN_RATE = 1000  # bytes a second
 MAX_LINE = 16 * 1024  # bytes; the longest real header is a bearer token of some kB
 MAX_HEADERS = 100  # lines; proxies add a dozen
+MAX_AHEAD = 64 * 1024  # bytes of a next request that are read while one is in work
 LINGER_SECONDS = 10  # a refused upload is read and dropped so long, for the client to hear the refusal
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 
@@ -829,50 +829,51 @@ def lost_connection() -> Iterator[None]:
         raise ConnectionAbortedError(error.errno, error.strerror) from None
 
 
-class Wire:
-    """A client's connection, with a deadline over many reads instead of a time limit for each."""
-
-    closed = True  # for http.server: there is nothing to flush
+class Wire(io.RawIOBase):
+    """A client's connection as a raw file, with a deadline over many reads instead of a limit for each."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self.connection, self.buffer, self.deadline = connection, b"", math.inf
+        self.connection, self.deadline = connection, math.inf
+        self.ahead = b""  # read while nobody had asked for it
 
-    def fill(self) -> bool:
-        """Wait for more bytes; False at the end of the stream. Raises TimeoutError at the deadline."""
+    def readable(self) -> bool:
+        """For io.BufferedReader."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Wait for some bytes; 0 at the end of the stream. Raises TimeoutError at the deadline."""
+        if self.ahead:
+            count = min(len(buffer), len(self.ahead))
+            buffer[:count], self.ahead = self.ahead[:count], self.ahead[count:]
+            return count
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
         self.connection.settimeout(None if left == math.inf else left)
         with lost_connection():
-            data = self.connection.recv(256 * 1024)
-        self.buffer += data
-        return bool(data)
+            return self.connection.recv_into(buffer)
 
-    def readline(self, limit: int = MAX_LINE) -> bytes:
-        """A line with its end; shorter at the end of the stream or at the limit."""
-        while b"\n" not in self.buffer and len(self.buffer) < limit:
-            if not self.fill():
-                break
-        size = min(self.buffer.find(b"\n") + 1 or len(self.buffer), limit)
-        line, self.buffer = self.buffer[:size], self.buffer[size:]
-        return line
+    def left(self) -> bool:
+        """Whether the client has closed its side, as far as that is seen behind MAX_AHEAD bytes from it."""
+        if len(self.ahead) >= MAX_AHEAD:
+            return False
+        self.connection.settimeout(0)
+        try:
+            data = self.connection.recv(MAX_AHEAD - len(self.ahead))
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        self.ahead += data
+        return not data
 
-    def read(self, most: int) -> bytes:
-        """Some bytes, at least one unless the stream has ended."""
-        if not self.buffer:
-            self.fill()
-        data, self.buffer = self.buffer[:most], self.buffer[most:]
-        return data
-
-    def write(self, data: bytes) -> None:
+    def write(self, data: Any) -> int:
         """Send all of it, however long that takes, as long as the client takes 64 kB in 30 s."""
         self.connection.settimeout(STALL_SECONDS)
         for at in range(0, len(data), 64 * 1024):
             with lost_connection():
                 self.connection.sendall(memoryview(data)[at : at + 64 * 1024])
-
-    def close(self) -> None:
-        """http.server closes its files; there is nothing to close here."""
+        return len(data)
 
 
 def bad_request(message: str, status: int = 400) -> Refusal:
@@ -880,14 +881,14 @@ def bad_request(message: str, status: int = 400) -> Refusal:
     return Refusal(status, message)
 
 
-def read_head(wire: Wire) -> bytes:
+def read_head(reader: io.BufferedReader[Wire]) -> bytes:
     """A request's head, checked line by line before anything interprets it.
 
     http.server accepts bare LF, folded lines and lines without a colon, and drops every header
     after such a line, Content-Length too: a body is then read as the next request (engine.md §8).
     What is wrong is told without quoting it, since a misspelt header may hold a key.
     """
-    lines = [wire.readline()]
+    lines = [reader.readline(MAX_LINE)]
     while True:
         if not lines[-1].endswith(b"\r\n"):
             too_long = len(lines[-1]) >= MAX_LINE
@@ -903,7 +904,7 @@ def read_head(wire: Wire) -> bytes:
             raise bad_request(f"Line {len(lines)} of the request's head is not 'Name: value'.")
         if len(lines) > MAX_HEADERS:
             raise bad_request(f"The request has more than {MAX_HEADERS} header lines.", 431)
-        lines.append(wire.readline())
+        lines.append(reader.readline(MAX_LINE))
 
 
 def framing(headers: Any, version: str) -> int | None:
@@ -928,8 +929,10 @@ class Body:
     comes too slowly. `before` is called ahead of the first read, to send 100 Continue.
     """
 
-    def __init__(self, wire: Wire, length: int | None, limit: int, before: Callable[[], None]) -> None:
-        self.wire, self.length, self.limit, self.before = wire, length, limit, before
+    def __init__(
+        self, reader: io.BufferedReader[Wire], length: int | None, limit: int, before: Callable[[], None]
+    ) -> None:
+        self.reader, self.length, self.limit, self.before = reader, length, limit, before
         self.chunk = length or 0  # bytes left of the body, or of the current chunk
         self.received = 0
         self.finished = length == 0
@@ -942,7 +945,7 @@ class Body:
         while not self.finished:
             if self.length is None and self.chunk == 0 and not self._next_chunk():
                 return
-            data = self._timed(self.wire.read, min(self.chunk, 256 * 1024))
+            data = self._timed(self.reader.read1, min(self.chunk, 256 * 1024))
             if not data:
                 raise bad_request(f"The body ended after {self.received} bytes, before it was complete.")
             self.chunk -= len(data)
@@ -961,14 +964,14 @@ class Body:
             if self.received - self.stretch_received < MIN_RATE * STALL_SECONDS:
                 raise too_slow()
             self.stretch, self.stretch_received = now, self.received
-        self.wire.deadline = self.stretch + STALL_SECONDS + 1
+        self.reader.raw.deadline = self.stretch + STALL_SECONDS + 1
         try:
             return read(size)
         except TimeoutError:
             raise too_slow() from None
 
     def _line(self) -> bytes:
-        return self._timed(self.wire.readline, 1024)  # the longest chunk extension worth reading
+        return self._timed(self.reader.readline, 1024)  # the longest chunk extension worth reading
 
     def _next_chunk(self) -> bool:
         """Read the size of the next chunk; after the last one the trailers, and False."""
@@ -1064,7 +1067,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Read and write through a Wire, so that deadlines hold over many reads."""
         super().setup()
         self.wire = Wire(self.connection)
-        self.rfile = self.wfile = self.wire  # type: ignore[assignment]
+        self.reader = io.BufferedReader(self.wire, 64 * 1024)
+        self.rfile, self.wfile = self.reader, self.wire  # type: ignore[assignment]
 
     def handle_one_request(self) -> None:
         """Overrides http.server's loop body: read, judge, answer; every error is answered here."""
@@ -1091,10 +1095,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.idle(True)
         self.wire.deadline = time.monotonic() + IDLE_CONNECTION_SECONDS
         try:
-            alive = bool(self.wire.buffer) or self.wire.fill()
-            if self.wire.buffer.startswith(b"\r\n"):  # one more than the last body had (RFC 9112, 2.2)
-                self.wire.buffer = self.wire.buffer[2:]
-                alive = bool(self.wire.buffer) or self.wire.fill()
+            first = self.reader.peek(1)[:1]  # a CR begins the empty line that some send after a body
+            if first == b"\r" and self.reader.readline(2) != b"\r\n":  # RFC 9112, 2.2
+                raise bad_request("The request does not begin with 'METHOD /path HTTP/1.1'.")
+            alive = bool(self.reader.peek(1))
         finally:
             self.idle(False)
         self.exchange.arrived = time.monotonic()
@@ -1104,14 +1108,14 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def read_request(self) -> None:
         """Read and check the head; then http.server's own parser may have it."""
         try:
-            head = read_head(self.wire)
+            head = read_head(self.reader)
         except TimeoutError:
             raise bad_request(f"The request's head took longer than {HEAD_SECONDS} s.", 408) from None
         line, _, rest = head.partition(b"\r\n")
         self.raw_requestline = line + b"\r\n"
         self.rfile = io.BytesIO(rest)
         self.parse_request()
-        self.rfile = self.wire  # type: ignore[assignment]
+        self.rfile = self.reader
         connection = ",".join(self.headers.get_all("Connection", []))
         options = {one.strip().lower() for one in connection.split(",")}
         if "close" in options or self.request_version == "HTTP/1.0":  # http.server knows neither lists
@@ -1120,7 +1124,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if len(hosts) > 1 or (not hosts and self.request_version == "HTTP/1.1"):
             raise bad_request("The request must have one Host header.")
         length = framing(self.headers, self.request_version)
-        self.exchange.body = Body(self.wire, length, self.upload_limit(), self.go_on)
+        self.exchange.body = Body(self.reader, length, self.upload_limit(), self.go_on)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """http.server's parser complains here; its HTML pages never appear."""
@@ -1134,12 +1138,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Ask for the body, if the client waits to be asked."""
         if self.headers.get("Expect", "").lower() == "100-continue" and self.request_version != "HTTP/1.0":
             self.wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def client_left(self) -> bool:
-        """Whether the client has closed its side, which says that nobody waits for the answer."""
-        poll = select.poll()  # not select and a peek: what it sent after its body would hide that it left
-        poll.register(self.connection, select.POLLRDHUP)
-        return bool(poll.poll(0))
 
     # -- writing ----------------------------------------------------------------------------------
 
@@ -1190,10 +1188,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):  # it has gone already
             self.connection.shutdown(socket.SHUT_WR)
         self.wire.deadline = time.monotonic() + LINGER_SECONDS
-        while True:
-            self.wire.buffer = b""
-            if not self.wire.fill():
-                return
+        while self.reader.read1(64 * 1024):
+            pass
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1438,7 +1434,7 @@ class Handler(Connection):
         """
         asked = time.monotonic()
         while True:
-            if self.client_left():  # also while segments come without a pause
+            if self.wire.left():  # also while segments come without a pause
                 raise ConnectionAbortedError
             try:
                 kind, *rest = job.events.get(timeout=POLL_SECONDS)
