@@ -1443,6 +1443,8 @@ class Handler(Connection):
         """
         asked = time.monotonic()
         while True:
+            if self.server.over:
+                raise shutting_down()
             if self.wire.left():  # also while segments come without a pause
                 raise ConnectionAbortedError
             try:
@@ -1653,6 +1655,8 @@ class Handler(Connection):
 
     def reply_refusal(self, refusal: Refusal) -> None:
         """An error in the envelope of the profile, or as Azure's gateway writes it."""
+        if self.server.over:  # and has ended an upload
+            refusal, self.close_connection = shutting_down(), True
         profile, literal = self.exchange.profile, refusal.literal
         body = to_json(refusal.envelope(), "azure") if literal is None else literal.encode()
         if refusal.code == "invalid_language_format" and profile == "openai":  # contract §3.5
@@ -1840,6 +1844,7 @@ class Metrics:
 
 MAX_CONNECTIONS = 256  # a thread each; idle ones are closed to make room
 GRACE_SECONDS = 30  # for requests in work after SIGTERM
+CUT_SECONDS = 3  # for the answers to those that are still in work then
 IS_INIT = os.getpid() == 1  # in a container, unless it has an init of its own
 PROGRESS_SECONDS = 9  # between two lines of the log about one thing; with a tick of 0.5 s never 10
 CLEAR_LINE = "\r\x1b[K"
@@ -1889,7 +1894,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     `lock` guards `workers`, `present`, `connections`, `draining` and `seconds_each`. /health, the metrics
     and `tick` read the first two and `draining` without it: from a copy, which may be a moment old. The
-    rest is set before the first request, but for `device`, which is one assignment.
+    rest is set before the first request, but for `device` and `over`, each set once.
     """
 
     daemon_threads = True
@@ -1905,7 +1910,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.progress = Progress()
         self.present: dict[Handler, None] = {}  # requests in work, the oldest first
         self.connections: dict[socket.socket, bool] = {}  # connection -> idle
-        self.draining = False
+        self.draining, self.over = False, False  # no request enters; those in work are refused
         self.seconds_each = 2.0  # recent mean time of a request, for Retry-After
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         super().__init__((settings.host, settings.port), Handler)
@@ -1934,8 +1939,7 @@ class Server(http.server.ThreadingHTTPServer):
         with self.lock:
             if self.draining:
                 handler.close_connection = True
-                message = "The server is shutting down."
-                raise Refusal(503, message, type="server_error", code="draining", retry_after=5)
+                raise shutting_down()
             if self.in_work >= self.settings.max_queue:
                 raise self.too_busy(handler, task)
             self.present[handler] = None
@@ -2036,14 +2040,27 @@ class Server(http.server.ThreadingHTTPServer):
         with self.lock:  # after which no request enters
             self.draining = True
         log.info("stopping: %d requests in work have %d s to finish", self.in_work, GRACE_SECONDS)
-        end = time.monotonic() + GRACE_SECONDS
-        while self.in_work and time.monotonic() < end:
-            time.sleep(0.05)
+        self.wait_for_requests(GRACE_SECONDS)
+        self.over = True
+        if cut := list(self.present):
+            words = "; ".join(one.underway().words for one in cut)
+            log.warning("stopping: cut after %d s: %s", GRACE_SECONDS, words)
+            for one in cut:
+                if not one.exchange.job:  # it waits for its upload
+                    with contextlib.suppress(OSError):
+                        one.connection.shutdown(socket.SHUT_RD)
+            self.wait_for_requests(CUT_SECONDS)
         time.sleep(0.05)  # the last answer is on its way
         self.shutdown()
 
+    def wait_for_requests(self, seconds: float) -> None:
+        """Wait until no request is in work, but not longer than so."""
+        end = time.monotonic() + seconds
+        while self.in_work and time.monotonic() < end:
+            time.sleep(0.05)
+
     def on_signal(self, number: int, frame: Any) -> None:
-        """The first SIGTERM or SIGINT drains, the second ends at once."""
+        """The first SIGTERM, SIGINT or SIGHUP drains, the second ends at once."""
         if self.draining:
             for worker in list(self.workers.values()):
                 if worker.process is not None:
@@ -2101,6 +2118,12 @@ class Server(http.server.ThreadingHTTPServer):
                 worker.prepare("load" if settings.preload else "fetch")
 
 
+def shutting_down() -> Refusal:
+    """No new request enters, and none stays beyond GRACE_SECONDS."""
+    message = "The server is shutting down."
+    return Refusal(503, message, type="server_error", code="draining", retry_after=5)
+
+
 def no_connection_free() -> bytes:
     """The whole answer to a connection that gets no thread."""
     message = f"{MAX_CONNECTIONS} connections are open, which is the limit. Please try again."
@@ -2149,6 +2172,7 @@ GPU_FULL = 77  # exit code of a child whose GPU has no memory left; no other lib
 
 FETCH_WAIT_SECONDS = 30  # how long a request waits for files on their way before it gets 503
 DEATHS_ON_GPU = 2  # so many, and the next child uses the CPU
+STALE_SECONDS = 15  # without news; a window of a large model on a slow CPU takes as long
 KILL_SECONDS = 10  # a killed process is gone at once, unless a driver holds it
 TRIES = 2  # a job whose child died is done again once, alone
 MOST_TRIES = 4  # of one that was not alone, since newcomers came and one of them may be the cause
@@ -2181,6 +2205,7 @@ class Job:
     submitted: float = dataclasses.field(default_factory=time.monotonic)
     speed_from: float = 0.0  # monotonic time from which its speed counts
     progress: tuple[float, float, bool] = (0.0, 0.0, False)  # seconds done, known; whether that is all
+    progress_at: float = 0.0  # monotonic: when that was new
 
     def figures(self) -> dict[str, Any]:
         """What /health tells of it. `percent` is None while the file's length is unknown."""
@@ -2191,14 +2216,44 @@ class Job:
         return {name: round(one, 2) if isinstance(one, float) else one for name, one in figures.items()}
 
 
+class Outbox:
+    """What goes to one child, sent by a thread of its own: a child that reads nothing holds up nobody."""
+
+    def __init__(self, pipe: Any) -> None:
+        """Raises OSError when there is no descriptor left."""
+        self.pipe, self.messages = pipe, queue.SimpleQueue[Any]()
+        self.channel = socket.fromfd(pipe.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)  # for descriptors
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def put(self, message: tuple[Any, ...], file: IO[bytes] | None = None) -> None:
+        """Send a message, and the descriptor of a file behind it. Raises OSError if there is none left."""
+        self.messages.put((message, os.dup(file.fileno()) if file else None))
+
+    def run(self) -> None:
+        """Send until `close`; what a dead child does not take is its listener's business."""
+        for message, descriptor in iter(self.messages.get, None):
+            with contextlib.suppress(OSError):
+                self.pipe.send(message)
+                if descriptor is not None:
+                    multiprocessing.reduction.sendfds(self.channel, [descriptor])
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def close(self) -> None:
+        """After the child's end: drop what it did not take, then close the pipe."""
+        self.messages.put(None)
+        self.thread.join()
+        self.channel.close()
+        self.pipe.close()
+
+
 class Worker:
     """The parent's end of one model's child process.
 
-    `lock` guards all fields: methods with a leading underscore want it held. Without it are read `state`,
-    `trouble`, `state_since` and `first_bytes`, for people and for `still_fetching`, where an old value does
-    no harm; and `tick` must not wait for it, since who holds it may be sending to a child that has stopped
-    reading: it reads `process`, `jobs` and a copy of `steps`, and writes `late`, `killed` and `gone_by`,
-    which nobody else writes while that process lives.
+    `lock` guards all fields, and whoever holds it waits for nothing: an Outbox sends, a listener waits for
+    the end. Methods with a leading underscore want it held. Without it are read `state`, `trouble`,
+    `state_since` and `first_bytes`, for people and for `still_fetching`, where an old value does no harm.
     """
 
     ids: ClassVar[Iterator[int]] = itertools.count(1)
@@ -2209,7 +2264,7 @@ class Worker:
         self.lock = threading.RLock()
         self.process: Any = None
         self.killed: Any = None  # a process that hung
-        self.pipe: Any = None
+        self.outbox: Any = None  # of the process
         self.jobs: dict[int, Job] = {}
         self.again: collections.deque[Job] = collections.deque()  # after a death: one at a time
         self.given_up, self.deaths = "", 0  # why the GPU is not to be used any more
@@ -2260,8 +2315,11 @@ class Worker:
         if not total:
             return Underway(since, words + f"{seconds:.0f} s so far", None)
         rate = max(1.0, (done - self.first_bytes) / max(0.001, seconds))  # bytes a second
-        words += f"{done / 1e6:.0f} of {total / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s, "
-        return Underway(since, words + f"{lasting((total - done) / rate)} left", done / total)
+        words += f"{done / 1e6:.0f} of {total / 1e6:.0f} MB, "
+        if time.monotonic() - self.last_message > STALE_SECONDS:
+            return Underway(since, words + f"{seconds:.0f} s so far", done / total)
+        words += f"{rate / 1e6:.1f} MB/s, {lasting((total - done) / rate)} left"
+        return Underway(since, words, done / total)
 
     def job_underway(self, job: Job) -> tuple[str, float | None]:
         """How far a job is, in words and as a share."""
@@ -2269,48 +2327,45 @@ class Worker:
         if not figures["seconds_done"]:
             why = "waits for its first words" if state == "ready" else f"waits for the model ({state})"
             return words + f"{why}, {time.monotonic() - job.submitted:.0f} s so far", None
+        now = time.monotonic()
         pace = f"{figures['speed']:.1f}x real time"
+        stale = now - job.progress_at > STALE_SECONDS
+        if stale:  # no speed, and no time left, that means anything
+            pace = f"nothing new for {lasting(now - job.progress_at)}, {lasting(now - job.submitted)} so far"
         if figures["percent"] is None:
             return words + f"{lasting(figures['seconds_done'])} done, {pace}", None
         left = (figures["seconds_known"] - figures["seconds_done"]) / max(0.01, figures["speed"])
-        words += f"{figures['percent']} % of {lasting(figures['seconds_known'])}, {pace}, "
-        return words + f"{lasting(left)} left", figures["percent"] / 100
+        words += f"{figures['percent']} % of {lasting(figures['seconds_known'])}, {pace}"
+        return words + ("" if stale else f", {lasting(left)} left"), figures["percent"] / 100
 
     def tick(self) -> None:
         """Called about twice a second: ends a child that is idle or hangs."""
-        process, idle, now = self.process, self.settings.idle_seconds, time.monotonic()
-        steps = self.steps.copy()  # without the lock, see below
-        late = [step for step, end in steps.items() if now > end]
-        silent = self.jobs and not steps and now > self.last_message + STEP_SECONDS
-        if process is not None and process is self.killed:
-            if now > self.gone_by and self.lock.acquire(blocking=False):
-                self._died(None)  # a driver holds it, perhaps for good (librocdxg#17)
-                self.lock.release()
-        elif process is not None and (late or silent):
-            log.error("model %s: the worker hangs; ending it", self.model)
-            self.late, self.killed, self.gone_by = late, process, now + KILL_SECONDS
-            process.kill()  # without the lock: who holds it may be sending to a child that reads no more
-        elif self.lock.acquire(blocking=False):
-            try:
-                unused = self.process is not None and not self.jobs and not self.steps
-                if unused and idle and time.monotonic() - self.idle_since > idle:
-                    log.info("model %s: idle for %d s; ending the worker", self.model, idle)
-                    self._stop()
-            finally:
-                self.lock.release()
+        with self.lock:
+            idle, now = self.settings.idle_seconds, time.monotonic()
+            late = [step for step, end in self.steps.items() if now > end]
+            silent = self.jobs and not self.steps and now > self.last_message + STEP_SECONDS
+            if self.process is None:
+                return
+            if self.process is self.killed:
+                if now > self.gone_by:
+                    self._died(None)  # a driver holds it, perhaps for good (librocdxg#17)
+            elif late or silent:
+                log.error("model %s: the worker hangs; ending it", self.model)
+                self.late, self.killed, self.gone_by = late, self.process, now + KILL_SECONDS
+                self.process.kill()
+            elif idle and not self.jobs and not self.steps and now - self.idle_since > idle:
+                log.info("model %s: idle for %d s; ending the worker", self.model, idle)
+                self._stop()
 
     def stop(self) -> None:
-        """End the child at once."""
+        """End the child at once; `without_children` waits for it."""
         with self.lock:
             self._stop()
 
     def _stop(self) -> None:
-        process, self.process = self.process, None
-        if process is not None:
-            self.pipe.close()
-            process.kill()
-            process.join(KILL_SECONDS)
-        self.state = {"state": "not loaded"}
+        if self.process is not None:
+            self.process.kill()
+        self.process, self.state = None, {"state": "not loaded"}
 
     def _start(self) -> None:
         """Raises OSError if the system starts no process."""
@@ -2319,45 +2374,40 @@ class Worker:
         os.environ.setdefault("MALLOC_ARENA_MAX", "2")  # glibc keeps tens of MB for each thread otherwise
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
+        outbox = Outbox(ours)
         arguments = (theirs, self.settings, self.model, self.given_up, self.retest)
         # No daemon, since it has to begin throw-away processes; `main` ends it.
         process = context.Process(target=child_main, args=arguments, name="whisper-worker")
         try:
             process.start()
         except OSError:  # no room for another process; the next request tries again
-            ours.close()
+            outbox.close()
             raise
         finally:
             theirs.close()
-        self.pipe, self.process = ours, process
+        self.outbox, self.process = outbox, process
         self.last_message = self.idle_since = time.monotonic()
         self.steps, self.late = {}, []
-        listen = threading.Thread(target=self._listen, args=(self.process, self.pipe), daemon=True)
+        listen = threading.Thread(target=self._listen, args=(process, ours, outbox), daemon=True)
         listen.start()
 
     def _send(self, *message: Any) -> None:
-        with contextlib.suppress(OSError, AttributeError):  # the listener deals with a dead child
-            self.pipe.send(message)
+        if self.process is not None:
+            self.outbox.put(message)
 
     def _send_job(self, job: Job) -> None:
         try:
             self._start()
+            self.outbox.put(("job", job.id, job.options), job.file)
         except OSError as error:
-            message = f"The worker process cannot be started: {reason(error)}."
-            return self._fail(job, Refusal(503, message, type="server_error", retry_after=10))
-        try:  # before the job goes: a child that waits for its file in vain reads nothing more
-            channel = socket.fromfd(self.pipe.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)
-        except OSError as error:
-            message = f"The file cannot be passed to the worker process: {reason(error)}."
+            message = f"The worker process cannot be started, or not be given the file: {reason(error)}."
             return self._fail(job, Refusal(503, message, type="server_error", retry_after=10))
         job.tries += 1
-        job.speed_from, job.progress = time.monotonic(), (0.0, 0.0, False)
+        job.speed_from = job.progress_at = time.monotonic()
+        job.progress = (0.0, 0.0, False)
         self.steps[Step("arrival", job.id)] = time.monotonic() + STEP_SECONDS
-        with channel, contextlib.suppress(OSError):
-            self.pipe.send(("job", job.id, job.options))
-            multiprocessing.reduction.sendfds(channel, [job.file.fileno()])
 
-    def _listen(self, process: Any, pipe: Any) -> None:
+    def _listen(self, process: Any, pipe: Any, outbox: Outbox) -> None:
         """Pass on what one child says, until it ends."""
         while True:
             try:
@@ -2368,6 +2418,7 @@ class Worker:
                 if process is self.process:
                     self._receive(*message)
         process.join()
+        outbox.close()
         with self.lock:
             if process is self.process:
                 self._died(process.exitcode)
@@ -2389,7 +2440,7 @@ class Worker:
                 self.steps[step] = now + seconds
         elif job := self.jobs.get(rest[0]):
             if kind == "progress":
-                job.progress = (rest[1], rest[2], rest[3])
+                job.progress, job.progress_at = (rest[1], rest[2], rest[3]), now
                 for windows in rest[4]:
                     self.metrics.observe(windows_per_batch=windows)
             else:
@@ -2416,7 +2467,6 @@ class Worker:
 
         A job whose decoding took too long is known to be the cause: it fails, and the others lose nothing.
         """
-        self.pipe.close()
         self.process = None
         log.error("model %s: the worker died (exit code %s) with %d jobs", self.model, code, len(self.jobs))
         only_files = all(step.kind == "decode" for step in self.late)  # else more than some decodings hung
@@ -2485,8 +2535,9 @@ class Recording:
 
 def child_main(pipe: Any, settings: Settings, model: str, given_up: str, retest: bool) -> None:
     """The worker process's whole life. It ends when the parent closes the pipe, or is gone."""
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)  # a terminal and systemd send them to all; the parent decides
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # sent to all by a terminal or systemd; the parent decides
+        if number := getattr(signal, name, None):
+            signal.signal(number, signal.SIG_IGN)
     start_logging(settings)
     quiet = ("HF_HUB_DISABLE_TELEMETRY", "ORT_DISABLE_TELEMETRY", "DO_NOT_TRACK")  # onnxruntime reports home
     os.environ |= dict.fromkeys((*quiet, "HF_HUB_DISABLE_PROGRESS_BARS"), "1")  # `Progress` shows it
@@ -4780,7 +4831,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     start_logging(settings)
     if flags.check:
-        return print_check(check(settings), flags.json)
+        return without_children(print_check(check(settings), flags.json))
     if missing := missing_packages():
         print(f"not installed: {', '.join(missing)}; install them: {PACKAGES_CURE}", file=sys.stderr)
         return 1
@@ -4790,8 +4841,10 @@ def main(arguments: list[str] | None = None) -> int:
         where = f"{settings.host}:{settings.port}"
         print(f"Cannot listen on {where}: {reason(error)}. Choose another with --port.", file=sys.stderr)
         return 1
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, server.on_signal)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):  # Windows lacks the last; nohup has it ignored
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, server.on_signal)
     log.info("Azure Whisper server %s on %s, model %s", __version__, server.url, settings.model)
     for name in Settings.misspelt(os.environ):
         log.warning("%s is not a setting and has no effect", name)
@@ -4805,7 +4858,22 @@ def main(arguments: list[str] | None = None) -> int:
         for worker in server.workers.values():
             worker.stop()
     log.info("stopped")
-    return 0
+    return without_children(0)
+
+
+def without_children(code: int) -> int:
+    """The exit code, once all children have ended; with one that cannot be ended this process ends here,
+    since multiprocessing would wait for it for ever.
+    """
+    end = time.monotonic() + KILL_SECONDS
+    for child in multiprocessing.active_children():
+        child.join(max(0.0, end - time.monotonic()))
+    if left := multiprocessing.active_children():
+        pids = ", ".join(str(child.pid) for child in left)
+        log.warning("left behind: process %s, which does not end, perhaps in the hands of a driver", pids)
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":
