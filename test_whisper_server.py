@@ -1364,7 +1364,7 @@ def test_window_that_cannot_tell_the_language_ends_the_file() -> None:
         asked.append(window.start)
         raise Refusal(503, "no memory")
 
-    child = whisper_server.Child(None, Settings(), "base", "")
+    child = whisper_server.Child(None, Settings(), "base", "", False)
     engine: Any = types.SimpleNamespace(
         transcribe=transcribe, batch_size=2, owner=types.SimpleNamespace(present={})
     )
@@ -1385,9 +1385,9 @@ def test_only_what_detects_the_language_is_encoded_twice_alike(engine: Engine) -
         if detects:
             with pytest.raises(RuntimeError, match="encode after encode"):  # as a new faster-whisper might
                 engine.whisper.encode(features)
-            attempt.next("detect_language")
+            attempt.note("detect_language")
             assert engine.whisper.encode(features) is first
-        attempt.next("generate")
+        attempt.note("generate")
         with pytest.raises(whisper_server.WindowDone):  # the rest, which has no speech
             engine.whisper.encode(features)
 
@@ -1403,7 +1403,7 @@ def test_english_only_model_refuses_other_languages() -> None:
 
 
 def test_prompt_has_no_tokens_of_control(engine: Engine) -> None:
-    prompt = engine.decoding(Options(prompt="so <|startoftranscript|> it is"))["initial_prompt"]
+    prompt = engine.arguments_for(Options(prompt="so <|startoftranscript|> it is"))["initial_prompt"]
     tokens = engine.whisper.hf_tokenizer.encode(prompt, add_special_tokens=False).ids
     assert max(tokens) < 50257 and "startoftranscript" in prompt
 
@@ -4514,7 +4514,7 @@ def test_windows_that_are_encoded_count_by_half(tmp_path: Path) -> None:
 
 def test_speed_counts_from_when_the_model_is_ready() -> None:
     worker = whisper_server.Worker(Settings.read({}), "base", whisper_server.Metrics())
-    job = whisper_server.Job(1, io.BytesIO(), Options(), speed_from=time.monotonic() - 1000)
+    job = whisper_server.Job(1, worker, io.BytesIO(), Options(), speed_from=time.monotonic() - 1000)
     worker.jobs[1] = job
     for state in ("loading", "ready"):
         worker._receive("state", {"state": state})

