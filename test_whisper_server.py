@@ -275,17 +275,6 @@ def locked(server: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield served
 
 
-# ------------------------------------------------------------------------------------------------
-# a first transcript
-# ------------------------------------------------------------------------------------------------
-
-
-def test_english_speech_is_heard(server: Served) -> None:
-    answer = server.post()
-    assert answer.status_code == 200
-    assert wrong(answer.json()["text"], ENGLISH.said) <= 0.2
-
-
 # A busy machine is no fault; nobody should have to wonder what an unlucky draw has to do with their change.
 settings.register_profile(
     "unhurried",
@@ -442,59 +431,20 @@ def assert_heard(heard: str, clip: Clip = ENGLISH, share: float = 0.2) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# formats: each one on speech, its words and its bytes
+# what the model found: its figures, its windows, what the client may choose
 # ------------------------------------------------------------------------------------------------
 
 
-def test_json_is_the_text_alone_indented_by_two(server: Served) -> None:
-    answer = server.post(response_format="json")
-    assert answer.headers["content-type"] == "application/json"
-    text = answer.json()["text"]
-    assert_heard(text)
-    assert answer.content == b'{\n  "text": "%b"\n}' % text.encode()
-
-
-def test_text_ends_in_one_line_end(server: Served) -> None:
-    answer = server.post(response_format="text")
-    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
-    assert_heard(answer.text)
-    assert answer.text == answer.text.strip() + "\n"
-
-
-@pytest.mark.parametrize(
-    "kind, shape",
-    [
-        ("srt", r"1\n00:00:00,\d{3} --> 00:00:0[23],\d{3}\n(.+)\n\n\n"),
-        ("vtt", r"WEBVTT\n\n00:00:00\.\d{3} --> 00:00:0[23]\.\d{3}\n(.+)\n\n"),
-    ],
-)
-def test_subtitles_hold_the_words_and_their_times(server: Served, kind: str, shape: str) -> None:
-    answer = server.post(response_format=kind)
-    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
-    cue = re.fullmatch(shape, answer.text)
-    assert cue, answer.text
-    assert_heard(cue[1])
-
-
 def test_verbose_json_tells_what_the_model_found(server: Served) -> None:
-    answer = server.post(response_format="verbose_json").json()
-    assert list(answer) == ["task", "language", "duration", "text", "segments"]
-    assert (answer["task"], answer["language"]) == ("transcribe", "english")
-    assert answer["duration"] == pytest.approx(len(samples_of(ENGLISH)) / RATE, abs=0.001)
-    assert_heard(answer["text"])
-    assert answer["text"] == "".join(segment["text"] for segment in answer["segments"]).strip()
+    said = server.post(response_format="verbose_json").json()
     vocabulary = tokenizers.Tokenizer.from_file(str(base_files() / "tokenizer.json"))
-    for segment in answer["segments"]:
+    for segment in said["segments"]:
         assert vocabulary.decode(segment["tokens"]) == segment["text"]
-        assert segment["text"].startswith(" ")
-        assert 0 <= segment["start"] < segment["end"] <= answer["duration"]
-        assert segment["temperature"] == 0.0
+        assert 0 <= segment["start"] < segment["end"] <= said["duration"]
         assert -1 < segment["avg_logprob"] < 0
         assert 0 < segment["no_speech_prob"] < 0.6
-        spoken = segment["text"].strip().encode()
-        assert segment["compression_ratio"] == pytest.approx(
-            len(spoken) / len(zlib.compress(spoken)), abs=0.1
-        )
+        text = segment["text"].strip().encode()
+        assert segment["compression_ratio"] == pytest.approx(len(text) / len(zlib.compress(text)), abs=0.1)
 
 
 def test_figures_of_segments_are_the_models_own(server: Served) -> None:
@@ -564,52 +514,12 @@ def test_speech_without_a_pause_is_not_cut_at_once() -> None:
     assert [window.start for window in windows[1:]] == ends[:-1]  # nothing is lost or doubled
 
 
-def test_temperature_is_used_and_told_as_float32(server: Served) -> None:
-    answer = server.post(response_format="verbose_json", temperature="0.4").json()
-    assert {"fox", "dog"} & set(bare(answer["text"]).split())  # samples differ
-    assert {segment["temperature"] for segment in answer["segments"]} == {0.4000000059604645}
-
-
 def test_prompt_sets_the_style(server: Served) -> None:
     loud = server.post(sound=HELLO, prompt="HELLO WORLD, THIS IS ALL IN CAPITALS.").json()["text"]
     quiet = server.post(sound=HELLO, prompt="hello, everybody. no capitals here, ever.").json()["text"]
     assert_heard(loud, HELLO)
     assert_heard(quiet, HELLO)
     assert loud.isupper() and quiet.islower()
-
-
-BRACKETS = "timestamp_granularities[]"
-
-
-@pytest.mark.parametrize(
-    "spelling, asked, keys",
-    [
-        (BRACKETS, [], ["segments"]),
-        (BRACKETS, ["segment"], ["segments"]),
-        (BRACKETS, ["word"], ["words"]),
-        (BRACKETS, ["word", "segment"], ["segments", "words"]),
-        ("timestamp_granularities", ["segment"], ["segments"]),
-        ("timestamp_granularities", ["word"], ["words"]),
-        ("timestamp_granularities", ["segment", "word"], ["segments", "words"]),
-    ],
-)
-def test_granularities_choose_segments_and_words(
-    server: Served, spelling: str, asked: list[str], keys: list[str]
-) -> None:
-    answer = server.post(sound=HELLO, response_format="verbose_json", **{spelling: asked}).json()
-    assert list(answer) == ["task", "language", "duration", "text", *keys]
-    assert_heard(answer["text"], HELLO)
-    if "words" in keys:
-        words = answer["words"]
-        assert [word["word"] for word in words] == ["Hello", "world"]
-        times = [time for word in words for time in (word["start"], word["end"])]
-        assert times == sorted(times) and 0 <= times[0] < times[-1] <= answer["duration"]
-        sound = np.abs(samples_of(HELLO))
-        loudest = [sound[int(w["start"] * RATE) : int(w["end"] * RATE)].max() for w in words]
-        assert min(loudest) > 0.2 * sound.max()  # each word's time holds sound
-    if keys == ["segments", "words"]:
-        ends = (answer["segments"][0]["start"], answer["segments"][-1]["end"])
-        assert ends == (words[0]["start"], words[-1]["end"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -629,27 +539,16 @@ def test_language_is_found_and_its_words_are_heard(
     assert_heard(answer["text"], clip, share)
 
 
-@pytest.mark.parametrize("given_as", ["ja", "JA", "japanese", "Japanese", "ja-JP", "ja_JP"])
+@pytest.mark.parametrize("given_as", ["Japanese", "JA", "ja-JP", "ja_JP"])
 def test_language_is_taken_by_code_name_and_locale(server: Served, given_as: str) -> None:
-    answer = server.post(sound=JAPANESE, response_format="verbose_json", language=given_as).json()
-    assert answer["language"] == "japanese"
-    assert_heard(answer["text"], JAPANESE)
+    answer = server.post(response_format="verbose_json", language=given_as)  # English: not found by itself
+    assert answer.json()["language"] == "japanese"
 
 
 def test_given_language_overrides_the_one_spoken(server: Served) -> None:
     answer = server.post(sound=JAPANESE, response_format="verbose_json", language="en").json()
     assert answer["language"] == "english"
     assert re.fullmatch(r"[A-Za-z][\x20-\x7e]+", answer["text"]), answer["text"]
-
-
-@pytest.mark.parametrize("kind", FORMATS)
-def test_japanese_speech_becomes_english_text(server: Served, kind: str) -> None:
-    answer = server.post(AZURE_TRANSLATIONS, JAPANESE, response_format=kind)
-    assert answer.status_code == 200
-    assert "hello world" in bare(answer.text), answer.text
-    if kind == "verbose_json":
-        assert (answer.json()["task"], answer.json()["language"]) == ("translate", "english")
-        assert answer.json()["segments"]
 
 
 def test_spanish_speech_becomes_english_text(server: Served) -> None:
@@ -699,18 +598,6 @@ def multipart_body(parts: list[tuple[str, bytes]]) -> tuple[bytes, dict[str, str
         named = f'name="{name}"' + ('; filename="a.wav"' if name == "file" else "")
         body += f"--edge\r\nContent-Disposition: form-data; {named}\r\n\r\n".encode() + value + b"\r\n"
     return body + b"--edge--\r\n", {"Content-Type": "multipart/form-data; boundary=edge"}
-
-
-@pytest.mark.parametrize("first", [True, False], ids=["file first", "file last"])
-@pytest.mark.parametrize("chunk", [None, 1000, 50_000], ids=["by length", "small chunks", "large chunks"])
-def test_upload_in_any_order_and_framing(server: Served, first: bool, chunk: int | None) -> None:
-    parts = [("file", ENGLISH.bytes), ("response_format", b"verbose_json"), ("language", b"en")]
-    body, headers = multipart_body(parts if first else parts[::-1])
-    pieces = (body[at : at + chunk] for at in range(0, len(body), chunk)) if chunk else body
-    answer = server.http.post(AZURE, content=pieces, headers=headers)
-    assert answer.request.headers.get("transfer-encoding") == ("chunked" if chunk else None)
-    assert answer.json()["language"] == "english"
-    assert_heard(answer.json()["text"])
 
 
 def test_memory_stays_flat_under_a_large_upload(server: Served) -> None:
@@ -1032,13 +919,6 @@ def test_subtitle_times_over_many_values() -> None:
 def test_subtitle_time_of_any_float32(value: float) -> None:
     assert clock(value, ",") == clock_by_decimals(value)
     assert clock(value, ".") == clock_by_decimals(value).replace(",", ".")
-
-
-def test_subtitle_times_recorded() -> None:
-    recorded = {23.64: "00:00:23,639", 40.96: "00:00:40,959", 47.48: "00:00:47,480", 13.04: "00:00:13,040"}
-    recorded |= {0.0: "00:00:00,000", 3599.99951171875: "00:59:59,999", 3600.0: "01:00:00,000"}
-    recorded |= {359_999.0: "99:59:59,000", 360_000.0: "100:00:00,000", 3_600_000.0: "1000:00:00,000"}
-    assert {value: clock(value, ",") for value in recorded} == recorded
 
 
 def test_subtitles_as_recorded_byte_for_byte() -> None:
@@ -2567,7 +2447,12 @@ def test_row_05_vtt(server: Served) -> None:
         pytest.param({"granularities": ["segment"]}, ["segments"], id="row-07-verbose-segment"),
         pytest.param({"granularities": ["word"]}, ["words"], id="row-08-verbose-word"),
         pytest.param({"granularities": ["word", "segment"]}, ["segments", "words"], id="row-09-verbose-both"),
-        pytest.param({"timestamp_granularities": "word"}, ["words"], id="choice-without-brackets"),
+        pytest.param({"timestamp_granularities": "word"}, ["words"], id="word-without-brackets"),
+        pytest.param(
+            {"timestamp_granularities": ["segment", "word"]},
+            ["segments", "words"],
+            id="both-without-brackets",
+        ),
     ],
 )
 def test_granularities(server: Served, fields: dict[str, Any], keys: list[str]) -> None:
@@ -2603,18 +2488,11 @@ def float32(number: float) -> float:
     return float(struct.unpack("f", struct.pack("f", number))[0])
 
 
-def row_13_transcript() -> whisper_server.Transcript:
-    """Numbers of which the contract records how they are written."""
-    words = [whisper_server.Word(" Hi.", 0.32, 1.14)]
-    segment = whisper_server.Segment(
-        0, 0, 0.0, 23.64, " Hi.", [1], 0.4, -0.504329741, 7.0, 0.0000796697786, words
-    )
-    return whisper_server.Transcript("transcribe", "en", 114.66, [segment])
-
-
 def test_row_13_floats_have_32_bits_and_all_their_digits() -> None:
-    options = whisper_server.Options(response_format="verbose_json", granularities=("word", "segment"))
-    _, body = whisper_server.render(row_13_transcript(), options, "azure")
+    words = [Word(" Hi.", 0.32, 1.14)]
+    said = Segment(0, 0, 0.0, 23.64, " Hi.", [1], 0.4, -0.504329741, 7.0, 0.0000796697786, words)
+    options = Options(response_format="verbose_json", granularities=("word", "segment"))
+    _, body = render(Transcript("transcribe", "en", 114.66, [said]), options, "azure")
     for line in (
         b'"duration": 114.66000366210938,',
         b'"start": 0.0,',
@@ -2635,10 +2513,16 @@ def test_row_14_segments_keep_their_leading_space(server: Served) -> None:
 
 
 def test_row_15_words_are_bare(server: Served) -> None:
-    answer = server.post(sound=GREETING, response_format="verbose_json", granularities=["word", "segment"])
-    words = [word["word"] for word in answer.json()["words"]]
-    assert re.search(r"\W", answer.json()["text"].replace(" ", "")), "a clip with punctuation is needed"
-    assert " ".join(words).lower() == bare(answer.json()["text"]) == bare(GREETING.said)
+    said = server.post(sound=HELLO, response_format="verbose_json", granularities=["word", "segment"]).json()
+    words, segments = said["words"], said["segments"]
+    assert re.search(r"\W", said["text"].replace(" ", "")), "a clip with punctuation is needed"
+    assert [word["word"] for word in words] == ["Hello", "world"]
+    times = [time for word in words for time in (word["start"], word["end"])]
+    assert times == sorted(times) and 0 <= times[0] < times[-1] <= said["duration"]
+    assert (segments[0]["start"], segments[-1]["end"]) == (times[0], times[-1])
+    heard = np.abs(samples_of(HELLO))
+    loudest = [heard[int(one["start"] * RATE) : int(one["end"] * RATE)].max() for one in words]
+    assert min(loudest) > 0.2 * heard.max()  # each word's time holds sound
 
 
 def test_row_16_the_temperature_comes_back(server: Served) -> None:
@@ -2649,14 +2533,14 @@ def test_row_16_the_temperature_comes_back(server: Served) -> None:
 def test_row_17_translation(server: Served) -> None:
     answer = server.post(AZURE_TRANSLATIONS, JAPANESE)
     text = answer.json()["text"]
-    assert "hello" in text.lower() and answer.content == b'{\n  "text": "' + text.encode() + b'"\n}'
+    assert "hello world" in bare(text) and answer.content == b'{\n  "text": "' + text.encode() + b'"\n}'
 
 
 def test_row_18_translation_verbose(server: Served) -> None:
     said = server.post(AZURE_TRANSLATIONS, JAPANESE, response_format="verbose_json").json()
     assert list(said) == ["task", "language", "duration", "text", "segments"]
     assert (said["task"], said["language"]) == ("translate", "english")
-    assert "hello" in said["segments"][0]["text"].lower()
+    assert "hello world" in bare(said["text"]) and said["segments"]
 
 
 @pytest.mark.parametrize(
@@ -2671,7 +2555,7 @@ def test_translation_as_text(server: Served, chosen: str) -> None:
         "vtt": "WEBVTT\n\n" + cues(said["segments"], ".", False),
     }
     text = plain(server.post(AZURE_TRANSLATIONS, JAPANESE, response_format=chosen))
-    assert text == expected[chosen] and "hello" in text.lower()
+    assert text == expected[chosen] and "hello world" in bare(text)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3291,14 +3175,11 @@ def test_row_66_zero_in_any_spelling(server: Served, text: str) -> None:
     assert [segment["temperature"] for segment in said["segments"]] == [0.0] * len(said["segments"])
 
 
-@pytest.mark.parametrize(
-    ("seconds", "written"), [(23.64, "23,639"), (40.96, "40,959"), (47.48, "47,480"), (13.04, "13,040")]
-)
-def test_row_67_milliseconds_are_floored(seconds: float, written: str) -> None:
-    transcript = row_13_transcript()
-    transcript.segments[0].end = seconds
-    _, body = whisper_server.render(transcript, whisper_server.Options(response_format="srt"), "azure")
-    assert body.decode() == f"1\n00:00:00,000 --> 00:00:{written}\nHi.\n\n\n"
+def test_row_67_milliseconds_are_floored() -> None:
+    recorded = {23.64: "00:00:23,639", 40.96: "00:00:40,959", 47.48: "00:00:47,480", 13.04: "00:00:13,040"}
+    recorded |= {0.0: "00:00:00,000", 3599.99951171875: "00:59:59,999", 3600.0: "01:00:00,000"}
+    recorded |= {359_999.0: "99:59:59,000", 360_000.0: "100:00:00,000", 3_600_000.0: "1000:00:00,000"}
+    assert {value: clock(value, ",") for value in recorded} == recorded
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3936,21 +3817,6 @@ def test_a_bad_field_is_named(server: Served, path: str, what: str) -> None:
     value = next(iter(value for key, value in fields.items() if named in key or key == "granularities"))
     value = value[-1] if isinstance(value, list) else value
     assert value in error["message"] or "verbose_json" in error["message"]
-
-
-@pytest.mark.parametrize(
-    ("language", "name"),
-    [
-        ("Japanese", "japanese"),
-        ("ja-JP", "japanese"),
-        ("JA", "japanese"),
-        ("ja_JP", "japanese"),
-        ("pt-BR", "portuguese"),
-    ],
-)
-def test_a_language_by_name_or_locale(server: Served, language: str, name: str) -> None:
-    said = server.post(sound=JAPANESE, language=language, response_format="verbose_json").json()
-    assert said["language"] == name
 
 
 @pytest.mark.parametrize("path", [AZURE_TRANSLATIONS, "/v1/audio/translations"])
