@@ -522,7 +522,7 @@ def test_speech_without_a_pause_is_not_cut_at_once() -> None:
     assert len(blind) >= 5  # or the sound says nothing about this
     runs = whisper_server.find_speech(spoken, True)
     assert len(runs) == 3 and all(20 <= (end - start) / RATE <= 27 for start, end in runs[:-1])
-    windows = [window for windows in whisper_server.cut_windows([spoken], True) for window in windows]
+    windows = [window for windows in cut_windows([spoken], True) for window in windows]
     assert len(windows) == 3 and all(len(window.samples) <= 30 * RATE for window in windows)
     ends = [window.start + len(window.samples) for window in windows]
     assert [window.start for window in windows[1:]] == ends[:-1]  # nothing is lost or doubled
@@ -590,14 +590,6 @@ def test_names_of_all_languages() -> None:
         assert json.loads(render_json(said, "azure", True, {"segment"}))["language"] == name
         given_as = (code, code.upper(), name, name.title(), f" {code}-XX ", f"{code}_xx")
         assert {language_code(text) for text in given_as} == {code}
-
-
-@pytest.mark.parametrize("text", ["klingon", "e", "xx-en", "english!", "日本語", "en\x00"])
-def test_unknown_language_is_named(text: str) -> None:
-    with pytest.raises(Refusal) as refused:
-        language_code(text)
-    assert (refused.value.status, refused.value.param) == (400, "language")
-    assert text in refused.value.message
 
 
 # ------------------------------------------------------------------------------------------------
@@ -756,21 +748,6 @@ def test_decoding_refuses_a_picture() -> None:
         decoded(file.getvalue())
 
 
-def test_decoding_opens_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "secret.wav").write_bytes(ENGLISH.bytes)
-    monkeypatch.chdir(tmp_path)
-    address = "http://127.0.0.1:9/a.wav"
-    segments = (
-        f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nsecret.wav\n#EXTINF:9,\n{address}\n#EXT-X-ENDLIST\n"
-    )
-    for text in ("ffconcat version 1.0\nfile secret.wav\n", segments, "v=0\nm=audio 5004 RTP/AVP 0\n"):
-        (tmp_path / "list.m3u8").write_text(text)
-        with (tmp_path / "list.m3u8").open("rb") as file, pytest.raises(Refusal):
-            list(decode(file, 60))
-    with (tmp_path / "secret.wav").open("rb") as file:
-        assert likeness(np.concatenate(list(decode(file, 60))), samples_of(ENGLISH))[0] > 0.999
-
-
 def test_decoding_ends_at_the_longest_length_allowed() -> None:
     for muxer, codec in (("wav", "pcm_s16le"), ("mp3", "libmp3lame"), ("adts", "aac")):
         data = encoded(samples_of(ENGLISH), muxer, codec, RATE)
@@ -889,33 +866,6 @@ def test_subtitles_as_recorded_byte_for_byte() -> None:
     body = render(transcript, Options(response_format="vtt"), "openai")[1]
     assert body == b"WEBVTT\n\n00:00:00.000 --> 00:00:02.000\nHello, world! This is a test.\n\n"
     assert len(body) == 69
-
-
-def test_json_as_recorded_byte_for_byte() -> None:
-    text, times = " Hello world, this is a test.", [0.0, 0.32, 0.54, 0.7, 0.88, 1.14, 1.46]
-    tokens = [50364, 2425, 1002, 11, 341, 307, 257, 1500, 13, 50464]
-    words = [Word(word, *span) for word, span in zip(text.split(), itertools.pairwise(times), strict=False)]
-    numbers = (-0.5043297410011292, 0.8235294222831726, 0.002052504802122712)
-    said = Segment(0, 0, 0.0, 1.46, text, tokens, 0.4, *numbers, words)
-    transcript = Transcript("transcribe", "en", 1.7, [said])
-    body = render_json(transcript, "openai", True, {"segment", "word"})
-    assert body.startswith(
-        b'{"task":"transcribe","language":"english","duration":1.7000000476837158,"text":"Hello world, this '
-        b'is a test.","segments":[{"id":0,"seek":0,"start":0.0,"end":1.4600000381469727,"text":'
-        b'" Hello world, this is a test.","tokens":[50364,2425,1002,11,341,307,257,1500,13,50464],'
-        b'"temperature":0.4000000059604645,"avg_logprob":-0.5043297410011292,"compression_ratio":0.8235294222831726,'
-        b'"no_speech_prob":0.002052504802122712}],"words":[{"word":"Hello","start":0.0,"end":0.3199999928474426},'
-    )
-    assert body.endswith(
-        b'{"word":"test","start":1.1399999856948853,"end":1.4600000381469727}],'
-        b'"usage":{"type":"duration","seconds":2}}'
-    )
-    said.text = " Hello, world. This is a test."
-    body = render_json(Transcript("transcribe", "en", 1.7, [said]), "azure", False, {"segment"})
-    assert body == b'{\n  "text": "Hello, world. This is a test."\n}' and len(body) == 45
-    said.text = " Hello, world! This is a test."
-    body = render_json(Transcript("transcribe", "en", 1.7, [said]), "openai", False, {"segment"})
-    assert len(body) == 80
 
 
 @given(transcripts())
@@ -1173,7 +1123,7 @@ def test_language_is_not_told_by_half_a_second(server: Served, name: str) -> Non
     clip = Clip(name)
     samples = np.concatenate([rest(0.3), clip.samples[: int(0.6 * RATE)], samples_of(2.6, clip, 2.6, clip)])
     body = server.post(sound=wav_of(samples), response_format="verbose_json").json()
-    assert body["language"] == whisper_server.LANGUAGES[clip.language]
+    assert body["language"] == LANGUAGES[clip.language]
     assert wrong(body["text"], clip.said + " " + clip.said) <= 0.5  # the word is there, too
     times = [segment["start"] for segment in body["segments"]]
     assert times == sorted(times)
@@ -1245,9 +1195,9 @@ def test_prompt_has_no_tokens_of_control(engine: Engine) -> None:
 
 
 def test_call_that_the_model_refuses_spoils_no_other() -> None:
-    owner = whisper_server.Owner(None, 4, lambda seconds, step: None)
+    owner = Owner(None, 4, lambda seconds, step: None)
     owner.said = lambda calls: [1 // call.key for call in calls]  # type: ignore[attr-defined]
-    calls = [whisper_server.Call(Work(n, Options(), io.BytesIO()), "said", n, (), {}) for n in (1, 0, 1)]
+    calls = [Call(Work(n, Options(), io.BytesIO()), "said", n, (), {}) for n in (1, 0, 1)]
     one, bad, other = owner.answers(calls)
     assert one == other == 1 and isinstance(bad, ZeroDivisionError)
 
@@ -1269,7 +1219,7 @@ def test_gpu_that_has_failed_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
             raise RuntimeError(words)
 
         model = types.SimpleNamespace(device=device, align=fails)
-        owner = whisper_server.Owner(model, 4, lambda seconds, step: told.append(step))
+        owner = Owner(model, 4, lambda seconds, step: told.append(step))
         with pytest.raises((RuntimeError, Refusal)):
             owner.ask(Work(1, Options(), io.BytesIO()), "align", None)
         end = ["failed GPU", "exit 1"] if left else []  # the parent hears why before the end
@@ -2243,6 +2193,20 @@ def plain(answer: httpx.Response) -> str:
 
 # -- requests and answers as bytes -----------------------------------------------------------------
 
+
+def connect(served: Served) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(served.port)), timeout=60)
+
+
+def ended(connection: socket.socket) -> bytes:
+    """All that comes until the server closes; a reset ends it, too."""
+    got = b""
+    with contextlib.suppress(ConnectionError):
+        while piece := connection.recv(65536):
+            got += piece
+    return got
+
+
 Part = tuple[str, bytes]  # the lines of its head, and what it holds
 
 
@@ -2318,13 +2282,13 @@ def half_sent(served: Served, path: str = AZURE) -> Iterator[Callable[[], httpx.
     """An upload of which only a part has arrived, so that it holds a place; calling it sends the rest."""
     body = form_of()
     request = post_of(body, "Connection: close", path=path)
-    with socket.create_connection(("127.0.0.1", int(served.port)), timeout=60) as connection:
+    with connect(served) as connection:
         connection.sendall(request[: -len(body) // 2])
         in_time(lambda: served.health()["requests"]["in_work"])
 
         def finish() -> httpx.Response:
             connection.sendall(request[-len(body) // 2 :])
-            return parsed(b"".join(iter(lambda: connection.recv(65536), b"")))
+            return parsed(ended(connection))
 
         yield finish
     in_time(lambda: served.process.poll() is not None or not served.health()["requests"]["in_work"], 120)
@@ -2423,21 +2387,30 @@ def float32(number: float) -> float:
 
 
 def test_row_13_floats_have_32_bits_and_all_their_digits() -> None:
-    words = [Word(" Hi.", 0.32, 1.14)]
-    said = Segment(0, 0, 0.0, 23.64, " Hi.", [1], 0.4, -0.504329741, 7.0, 0.0000796697786, words)
-    options = Options(response_format="verbose_json", granularities=("word", "segment"))
-    _, body = render(Transcript("transcribe", "en", 114.66, [said]), options, "azure")
-    for line in (
-        b'"duration": 114.66000366210938,',
-        b'"start": 0.0,',
-        b'"end": 23.639999389648438,',
-        b'"temperature": 0.4000000059604645,',
-        b'"compression_ratio": 7.0,',
-        b'"start": 0.3199999928474426,',
-        b'"end": 1.1399999856948853\n',
-    ):
-        assert line in body
-    assert json.loads(body)["segments"][0]["no_speech_prob"] == 0.0000796697786427103
+    text, times = " Hello world, this is a test.", [0.0, 0.32, 0.54, 0.7, 0.88, 1.14, 1.46]
+    tokens = [50364, 2425, 1002, 11, 341, 307, 257, 1500, 13, 50464]
+    words = [Word(word, *span) for word, span in zip(text.split(), itertools.pairwise(times), strict=False)]
+    numbers = (-0.5043297410011292, 0.8235294222831726, 0.002052504802122712)
+    said = Segment(0, 0, 0.0, 1.46, text, tokens, 0.4, *numbers, words)
+    transcript = Transcript("transcribe", "en", 1.7, [said])
+    body = render_json(transcript, "openai", True, {"segment", "word"})
+    assert body.startswith(
+        b'{"task":"transcribe","language":"english","duration":1.7000000476837158,"text":"Hello world, this '
+        b'is a test.","segments":[{"id":0,"seek":0,"start":0.0,"end":1.4600000381469727,"text":'
+        b'" Hello world, this is a test.","tokens":[50364,2425,1002,11,341,307,257,1500,13,50464],'
+        b'"temperature":0.4000000059604645,"avg_logprob":-0.5043297410011292,"compression_ratio":0.8235294222831726,'
+        b'"no_speech_prob":0.002052504802122712}],"words":[{"word":"Hello","start":0.0,"end":0.3199999928474426},'
+    )
+    assert body.endswith(
+        b'{"word":"test","start":1.1399999856948853,"end":1.4600000381469727}],'
+        b'"usage":{"type":"duration","seconds":2}}'
+    )
+    said.text = " Hello, world. This is a test."
+    body = render_json(Transcript("transcribe", "en", 1.7, [said]), "azure", False, {"segment"})
+    assert body == b'{\n  "text": "Hello, world. This is a test."\n}' and len(body) == 45
+    said.text = " Hello, world! This is a test."
+    body = render_json(Transcript("transcribe", "en", 1.7, [said]), "openai", False, {"segment"})
+    assert len(body) == 80
 
 
 def test_row_14_segments_keep_their_leading_space(server: Served) -> None:
@@ -2588,11 +2561,11 @@ def test_row_26_expect_100_continue(strict: Served) -> None:
     """The server asks for the body of a request that waits to be asked, and only then."""
     body = form_of(part_of("pad", b"x" * 60_000), upload())
     head = post_of(body, "Expect: 100-continue", "Connection: close")[: -len(body)]
-    with socket.create_connection(("127.0.0.1", int(strict.port)), timeout=60) as connection:
+    with connect(strict) as connection:
         connection.sendall(head)
         assert connection.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(body)
-        assert is_json(parsed(b"".join(iter(lambda: connection.recv(65536), b""))))
+        assert is_json(parsed(ended(connection)))
 
 
 def test_row_26_curl(strict: Served, tmp_path: Path) -> None:
@@ -3074,9 +3047,9 @@ def test_lists_take_get_and_head(server: Served, path: str) -> None:
         assert refused(answer, 405)
     whole, head = ask(server, path, method="GET"), ask(server, path, method="HEAD")
     assert whole.status_code == head.status_code == 200 and whole.content and head.content == b""
-    for name in ("content-type", "content-length"):
+    for name in ("content-type", "content-length", "content-security-policy"):
         if path != "/health":  # it tells how long the server has been up
-            assert head.headers[name] == whole.headers[name]
+            assert head.headers.get(name) == whole.headers.get(name)
     answer = ask(server, path, method="OPTIONS")
     assert (answer.status_code, answer.headers["allow"]) == (204, "GET, HEAD, OPTIONS")
 
@@ -3453,9 +3426,13 @@ def transcribe(served: Served, kind: str, file: Any = ENGLISH.path, **options: A
 
 @pytest.mark.parametrize("kind", CLIENTS)
 def test_sdk_transcription(server: Served, kind: str) -> None:
-    heard = transcribe(server, kind)
-    assert type(heard) is Transcription and fox(heard.text) and not heard.model_extra
-    assert (heard.usage is None) == ("Azure" in kind)
+    method = "audio.transcriptions.with_raw_response.create"
+    raw = call(sdk(server.url, kind), method, model="whisper-1", file=ENGLISH.path)
+    assert raw.status_code == 200 and raw.headers["apim-request-id"]
+    assert raw.request_id == raw.headers["x-request-id"] and raw.retries_taken == 0
+    heard = raw.parse()
+    assert type(heard) is Transcription and fox(heard.text) and heard._request_id == raw.request_id
+    assert (heard.usage is None) == ("Azure" in kind) and not heard.model_extra
     if heard.usage:
         assert (heard.usage.type, heard.usage.seconds) == ("duration", 3)
 
@@ -3493,16 +3470,6 @@ def test_sdk_translation(server: Served, kind: str) -> None:
     assert not any(segment.model_extra for segment in verbose.segments)
     said = translate(response_format="srt")
     assert type(said) is str and "hello" in said.lower()
-
-
-@pytest.mark.parametrize("kind", CLIENTS)
-def test_sdk_raw_response(server: Served, kind: str) -> None:
-    method = "audio.transcriptions.with_raw_response.create"
-    raw = call(sdk(server.url, kind), method, model="whisper-1", file=ENGLISH.path)
-    assert raw.status_code == 200 and raw.headers["apim-request-id"]
-    assert raw.request_id == raw.headers["x-request-id"] and raw.retries_taken == 0
-    heard = raw.parse()
-    assert type(heard) is Transcription and fox(heard.text) and heard._request_id == raw.request_id
 
 
 @pytest.mark.parametrize("kind", CLIENTS)
@@ -3602,10 +3569,7 @@ def test_every_clip_in_the_types_of_the_sdk(server: Served, name: str) -> None:
         "timestamp_granularities": ["word", "segment"],
     }
     said = transcribe(server, "OpenAI", clip.path, language=clip.language, **asked)
-    assert (
-        said.model_extra == {"task": "transcribe"}
-        and said.language == whisper_server.LANGUAGES[clip.language]
-    )
+    assert said.model_extra == {"task": "transcribe"} and said.language == LANGUAGES[clip.language]
     assert said.text and said.words and said.segments
     assert said.duration == float32(clip.seconds)
     assert [one.id for one in said.segments] == list(range(len(said.segments)))
@@ -3641,6 +3605,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {  # fields; what the refusal names
     "language-code": ({"language": "xx"}, "language"),
     "language-name": ({"language": "Klingon"}, "language"),
     "language-list": ({"language": "en,de"}, "language"),
+    "language-locale": ({"language": "xx-en"}, "language"),
+    "language-mark": ({"language": "english!"}, "language"),
+    "language-of-other-letters": ({"language": "日本語"}, "language"),
     "language-last": ({"language": ["en", "xx"]}, "language"),
     "granularity": (VERBOSE | {"granularities": ["word", "sentence"]}, "timestamp_granularities"),
     "granularity-plain": (VERBOSE | {"timestamp_granularities": "sentence"}, "timestamp_granularities"),
@@ -3737,10 +3704,6 @@ def heard_right(served: Served, **fields: Any) -> bool:
     return fox(answer.json()["text"])
 
 
-def connect(served: Served) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", int(served.port)), timeout=30)
-
-
 def answered(connection: socket.socket) -> bytes:
     """One answer, by its Content-Length; the connection stays open."""
     got = b""
@@ -3750,15 +3713,6 @@ def answered(connection: socket.socket) -> bytes:
         piece = connection.recv(65536)
         assert piece, got
         got += piece
-    return got
-
-
-def ended(connection: socket.socket) -> bytes:
-    """All that comes until the server closes; a reset ends it, too."""
-    got = b""
-    with contextlib.suppress(ConnectionError):
-        while piece := connection.recv(65536):
-            got += piece
     return got
 
 
@@ -3956,13 +3910,6 @@ def test_page_lets_its_own_style_and_script_run_and_no_other(server: Served) -> 
     assert answer.headers["permissions-policy"].startswith("microphone=(self)")
 
 
-def test_page_comes_to_head_and_without_a_key(locked: Served) -> None:
-    whole, head = locked.http.get("/"), locked.http.head("/")
-    assert whole.status_code == head.status_code == 200 and head.content == b"" and "<h1>" in whole.text
-    for name in ("content-type", "content-length", "content-security-policy"):
-        assert whole.headers[name] == head.headers[name]
-
-
 def test_page_names_no_other_place_than_its_server(server: Served) -> None:
     addresses = re.findall(r"\w+://[^'\" ]*", server.http.get("/").text)
     assert {one for one in addresses if "www.w3.org/2000/svg" not in one} <= {"https://"}, addresses
@@ -4135,6 +4082,9 @@ def test_long_file_tells_how_far_it_is(tmp_path: Path) -> None:
             time.sleep(0.1)
         assert answer.result().status_code == 200
         in_time(lambda: served.health()["work"] == [])
+        answer = pool.submit(ask, served, headers={"x-ms-client-request-id": "two words"})
+        (work,) = in_time(lambda: served.health()["work"])
+        assert work["id"] == answer.result().headers["apim-request-id"]  # where its own is not a good one
     for work in seen:
         assert list(work) == ["id", "request", "model", "seconds_done", "seconds_known", "percent", "speed"]
         assert (work["id"], work["request"], work["model"]) == ("my-own-id", 1, "base")  # 1: as in the log
@@ -4175,17 +4125,9 @@ def test_speed_counts_from_when_the_model_is_ready() -> None:
     assert job.far()["speed"] > 1 and job.far()["percent"] == 50
 
 
-def test_request_without_a_good_id_goes_by_ours(tmp_path: Path) -> None:
-    with serving(tmp_path, patch=WORDY + SLOW, VAD="0") as served, ThreadPoolExecutor() as pool:
-        headers = {"x-ms-client-request-id": "two words"}
-        answer = pool.submit(ask, served, headers=headers)
-        (work,) = in_time(lambda: served.health()["work"])
-        assert work["id"] == answer.result().headers["apim-request-id"]
-
-
 def test_length_that_a_file_does_not_declare_is_not_made_up(recordings: Callable[[str], bytes]) -> None:
     for name in CONTAINERS:
-        work = whisper_server.Work(1, Options(), io.BytesIO(recordings(name)))
+        work = Work(1, Options(), io.BytesIO(recordings(name)))
         heard = whisper_server.Heard(work, 60, whisper_server.Turns(), lambda seconds, step: None)
         assert heard.known() == (0, False)
         told = [heard.known() for _ in heard]
@@ -6729,14 +6671,12 @@ FORM_PIECES = st.sampled_from(
 def test_form_of_any_bytes_is_read_or_refused(body: bytes, step: int) -> None:
     sink = io.BytesIO()
     try:
-        form = whisper_server.read_form(
-            (body[at : at + step] for at in range(0, len(body), step)), b"edge", sink
-        )
-    except whisper_server.Refusal as refusal:
+        form = read_form((body[at : at + step] for at in range(0, len(body), step)), b"edge", sink)
+    except Refusal as refusal:
         assert refusal.status in (400, 413)
         return
     assert form.size == len(sink.getvalue()) <= len(body)
-    with contextlib.suppress(whisper_server.Refusal):
+    with contextlib.suppress(Refusal):
         whisper_server.check_file(form, True)
         whisper_server.read_options(form, "transcribe")
 
@@ -6753,7 +6693,7 @@ def test_fields_of_any_text_are_read_or_refused(fields: dict[str, list[str]]) ->
             options = whisper_server.read_options(
                 whisper_server.Form({k: v for k, v in fields.items() if v}), task
             )
-        except whisper_server.Refusal as refusal:
+        except Refusal as refusal:
             assert refusal.status == 400 and len(refusal.message) < 1000
             whisper_server.to_json(refusal.envelope(), "azure")
         else:
@@ -6767,13 +6707,13 @@ ANY_TIME = st.floats(0, 400_000)
 @given(st.lists(st.tuples(ANY_TIME, ANY_TIME, ANY_TEXT), max_size=5), st.sampled_from(whisper_server.FORMATS))
 def test_any_text_is_rendered_in_every_format(said: list[tuple[float, float, str]], kind: str) -> None:
     segments = [
-        whisper_server.Segment(n, 0, a, b, text, [], 0.0, 0.0, 1.0, 0.0, [whisper_server.Word(text, a, b)])
+        Segment(n, 0, a, b, text, [], 0.0, 0.0, 1.0, 0.0, [Word(text, a, b)])
         for n, (a, b, text) in enumerate(said)
     ]
-    transcript = whisper_server.Transcript("transcribe", "en", 1.0, segments)
-    options = whisper_server.Options(response_format=kind, granularities=("word", "segment"))
+    transcript = Transcript("transcribe", "en", 1.0, segments)
+    options = Options(response_format=kind, granularities=("word", "segment"))
     for profile in ("azure", "openai"):
-        body = whisper_server.render(transcript, options, profile)[1].decode()
+        body = render(transcript, options, profile)[1].decode()
         if "json" in kind:
             assert isinstance(json.loads(body)["text"], str)
         elif kind in ("srt", "vtt"):
@@ -6868,7 +6808,7 @@ def test_hardly_any_samples_are_no_failure(samples: int) -> None:
     + [(n, 1) for n in (0, 1, 999, 2_000_000, 2**31 - 1, 4_000_000_000, 2**32 - 1)],
 )
 def test_absurd_shapes_are_refused(rate: int, channels: int) -> None:
-    with pytest.raises(whisper_server.Refusal) as refused:
+    with pytest.raises(Refusal) as refused:
         decoded(wav_of_shape(rate, channels, bytes(100 * (channels or 2000))))
     assert refused.value.status == 400
 
