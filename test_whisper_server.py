@@ -183,14 +183,19 @@ class Served:
         raise AssertionError(f"the log never showed {pattern!r}:\n{self.log()}")
 
     def post(
-        self, path: str = AZURE, sound: bytes | Clip | None = ENGLISH, name: str = "a.wav", **fields: Any
+        self,
+        path: str = AZURE,
+        sound: bytes | Clip | None = ENGLISH,
+        name: str = "a.wav",
+        headers: dict[str, str] | None = None,
+        **fields: Any,
     ) -> httpx.Response:
         """Send sound and form fields; a list repeats a field, `granularities` stands for its long name."""
         if "granularities" in fields:
             fields["timestamp_granularities[]"] = fields.pop("granularities")
         sound = sound.bytes if isinstance(sound, Clip) else sound
         files = {"file": (name, sound)} if sound is not None else {"none": (None, b"")}
-        return self.http.post(path, data=fields, files=files)
+        return self.http.post(path, data=fields, files=files, headers=headers)
 
     def health(self) -> dict[str, Any]:
         return dict(self.http.get("/health").json())
@@ -933,19 +938,8 @@ def test_bare_word_only_takes_away_from_the_ends(word: str) -> None:
 
 
 def test_bare_words_in_other_scripts() -> None:
-    heard = [
-        " «Bonjour»,",
-        " ¿Qué?",
-        "「世界」。",
-        " don't",
-        " C++",
-        " 5%",
-        " $5.50",
-        " —",
-        "...",
-        " mother-in-law's;",
-    ]
-    said = ["Bonjour", "Qué", "世界", "don't", "C++", "5%", "$5.50", "", "", "mother-in-law's"]
+    heard = " «Bonjour»,/ ¿Qué?/「世界」。/ don't/ C++/ 5%/ $5.50/ —/.../ mother-in-law's;".split("/")
+    said = "Bonjour/Qué/世界/don't/C++/5%/$5.50///mother-in-law's".split("/")
     assert [bare_word(word) for word in heard] == said
 
 
@@ -1666,6 +1660,22 @@ def test_names_of_models() -> None:
             repository_of(name)
 
 
+class Answering(http.server.BaseHTTPRequestHandler):
+    """Gives whole answers, and logs nothing."""
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        known = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        for name, value in (known | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
 class Hub(http.server.ThreadingHTTPServer):
     """A small Hugging Face Hub with one repository of real files; it can stop, break and refuse."""
 
@@ -1689,7 +1699,7 @@ class Hub(http.server.ThreadingHTTPServer):
         return [span for method, path, span in self.asked if method == "GET" and path.endswith("/model.bin")]
 
 
-class HubHandler(http.server.BaseHTTPRequestHandler):
+class HubHandler(Answering):
     """The part of the Hub's protocol that huggingface_hub uses to read."""
 
     server: Hub
@@ -1710,17 +1720,9 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in self.server.files]
             body = {"id": name, "modelId": name, "sha": revision, "siblings": siblings, "private": False}
             body |= {"gated": False, "downloads": 0, "likes": 0, "tags": []}
-        self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        self.answer(200, json.dumps(body).encode(), {})
 
     do_HEAD = do_GET
-
-    def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
 
     def send_file(self, file: Path | None, revision: str) -> None:
         if file is None:
@@ -1746,9 +1748,6 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
                     self.server.gate.wait(120)
                 self.wfile.write(data.read(min(4_000_000, limit - data.tell())))
         self.close_connection = True
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        pass
 
 
 @pytest.fixture
@@ -1810,40 +1809,25 @@ def test_part_of_another_file_is_not_taken_for_the_model(
 
 
 def test_request_while_files_are_fetched_hears_how_far_it_is(
-    hub: Hub, cut_off: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    hub: Hub, cut_off: dict[str, str], tmp_path: Path
 ) -> None:
-    for name, value in cut_off.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(whisper_server, "FETCH_WAIT_SECONDS", 2)
     hub.gate.clear()
-    here = whisper_server.Server(Settings.read({"WHISPER_MODEL": "base", "WHISPER_PORT": "0"}))
-    threading.Thread(target=here.serve_forever, daemon=True).start()
-    try:
-        here.prepare()
-        in_time(lambda: here.workers["base"].state.get("bytes_done", 0) > 70e6, 120)  # as far as it goes
-        address = f"http://127.0.0.1:{here.server_port}{AZURE}"
-        asked = time.monotonic()
-        answer = httpx.post(address, files={"file": ("a.wav", ENGLISH.bytes)}, timeout=60)
-        assert time.monotonic() - asked >= 2
-        assert answer.status_code == 503
-        assert int(answer.headers["retry-after"]) > 0
-        assert re.search(r"'base' is being fetched: (7|8)\d of 14\d MB", answer.json()["error"]["message"])
-        monkeypatch.setattr(whisper_server, "COMMENT_SECONDS", 0.5)  # none of which may open the stream
-        answer = httpx.post(
-            address, files={"file": ("a.wav", ENGLISH.bytes)}, data={"stream": "true"}, timeout=60
-        )
-        assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
-        child = here.workers["base"].process.pid
-        in_time(lambda: not [one for one in open_files(child) if one.endswith("(deleted)")])
-        threading.Timer(0.5, hub.gate.set).start()
-        monkeypatch.setattr(whisper_server, "FETCH_WAIT_SECONDS", 300)
-        answer = httpx.post(address, files={"file": ("a.wav", ENGLISH.bytes)}, timeout=300)
+    patch = "whisper_server.FETCH_WAIT_SECONDS, whisper_server.COMMENT_SECONDS = 2, 0.5"
+    with serving(tmp_path, patch=patch, **cut_off) as served:
+        in_time(
+            lambda: served.health()["models"]["base"].get("bytes_done", 0) > 70e6, 120
+        )  # as far as it goes
+        for stream in ("false", "true"):  # which no comment may open
+            asked = time.monotonic()
+            answer = served.post(stream=stream)
+            assert time.monotonic() - asked >= 2
+            message = refused(answer, 503)["message"]
+            assert re.search(r"'base' is being fetched: (7|8)\d of 14\d MB", message)
+            assert int(answer.headers["retry-after"]) > 0
+        in_time(lambda: not kept_uploads(served))
+        hub.gate.set()
+        answer = in_time(lambda: (answer := served.post()).status_code == 200 and answer, 120)
         assert fox(answer.json()["text"])
-    finally:
-        here.shutdown()
-        here.server_close()
-        for worker in here.workers.values():
-            worker.stop()
 
 
 def test_repository_without_a_converted_model_is_refused(
@@ -2133,8 +2117,9 @@ def ask(
     **fields: Any,
 ) -> httpx.Response:
     """A request with headers of its own; a form with the English clip if it is a POST."""
-    files = {"file": ("a.wav", ENGLISH.bytes)} if method == "POST" else None
-    return served.http.request(method, path, data=fields or None, files=files, headers=headers)
+    if method == "POST":
+        return served.post(path, headers=headers, **fields)
+    return served.http.request(method, path, headers=headers)
 
 
 def is_json(answer: httpx.Response) -> bool:
@@ -2242,7 +2227,7 @@ def lines_of(*lines: str | bytes) -> bytes:
 
 def post_of(
     body: bytes,
-    *headers: str,
+    *headers: str | bytes,
     path: str = AZURE,
     method: str = "POST",
     boundary: str = "edge",
@@ -2904,27 +2889,14 @@ def answering(*answers: tuple[int, dict[str, str], bytes]) -> Iterator[tuple[str
     """A server that gives these answers, the last one for ever; its address, and the headers it was sent."""
     seen: list[dict[str, str]] = []
 
-    class Answering(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+    class Listed(Answering):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
             status, headers, body = answers[min(len(seen), len(answers) - 1)]
             seen.append(dict(self.headers))
-            self.send_response(status)
-            for name, value in {
-                "Content-Type": "application/json",
-                "Content-Length": str(len(body)),
-                **headers,
-            }.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
+            self.answer(status, body, headers)
 
-        do_POST = do_GET
-
-        def log_message(self, format: str, *arguments: Any) -> None:
-            """Nothing."""
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answering) as served:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listed) as served:
         threading.Thread(target=served.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{served.server_port}", seen
         served.shutdown()
@@ -3420,8 +3392,12 @@ def call(client: Any, method: str, *arguments: Any, **options: Any) -> Any:
         return list(answer) if isinstance(answer, openai.Stream) else answer
 
 
+def create(client: Any, file: Any = ENGLISH.path, model: str = "whisper-1", **options: Any) -> Any:
+    return call(client, "audio.transcriptions.create", model=model, file=file, **options)
+
+
 def transcribe(served: Served, kind: str, file: Any = ENGLISH.path, **options: Any) -> Any:
-    return call(sdk(served.url, kind), "audio.transcriptions.create", model="whisper-1", file=file, **options)
+    return create(sdk(served.url, kind), file, **options)
 
 
 @pytest.mark.parametrize("kind", CLIENTS)
@@ -3535,22 +3511,18 @@ def test_sdk_unknown_deployment(named: Served, kind: str) -> None:
     error = raised(openai.NotFoundError, named, kind)  # it knows no whisper-1
     assert error.code == "DeploymentNotFound" and "does not exist" in error.message
     assert (error.request_id is None) == ("Azure" in kind)
-    assert fox(
-        call(sdk(named.url, kind), "audio.transcriptions.create", model="my dep", file=ENGLISH.path).text
-    )
+    assert fox(create(sdk(named.url, kind), model="my dep").text)
 
 
 @pytest.mark.parametrize("kind", CLIENTS)
 def test_sdk_keys(locked: Served, kind: str) -> None:
     assert fox(transcribe(locked, kind).text)
     with pytest.raises(openai.AuthenticationError) as error:
-        client = sdk(locked.url, kind, api_key="wrong")
-        call(client, "audio.transcriptions.create", model="whisper-1", file=ENGLISH.path)
+        create(sdk(locked.url, kind, api_key="wrong"))
     assert error.value.code == ("401" if "Azure" in kind else "invalid_api_key")
     if "Azure" in kind:
         with pytest.raises(openai.AuthenticationError, match="Access token is missing"):
-            client = sdk(locked.url, kind, api_key=None, azure_ad_token="e30.e30.x")
-            call(client, "audio.transcriptions.create", model="whisper-1", file=ENGLISH.path)
+            create(sdk(locked.url, kind, api_key=None, azure_ad_token="e30.e30.x"))
 
 
 @pytest.mark.parametrize("kind", CLIENTS)
@@ -4370,24 +4342,15 @@ def test_metrics_count_exactly(tmp_path: Path) -> None:
         assert answers(before) == {} and before["queue_length",] == before["request_seconds_count",] == 0
         assert before["model_state", "base", "not loaded"] == 1
         long = sound(*[COUNTING, 0.5] * 12)
-        seconds = sum(
-            is_good.json()["duration"]
-            for is_good in (
-                served.post(response_format="verbose_json"),
-                served.post(AZURE_TRANSLATIONS, JAPANESE, response_format="verbose_json"),
-                served.post(OPENAI, long, model="w", response_format="verbose_json"),
-            )
-        )
+        seconds = ENGLISH.seconds
+        for path, clip in ((AZURE, ENGLISH), (AZURE_TRANSLATIONS, JAPANESE), (OPENAI, long)):
+            seconds += served.post(path, clip, model="w", **VERBOSE).json()["duration"]
         assert served.post(OPENAI, model="w", stream="true").text.endswith("[DONE]\r\n\r\n")
-        seconds += ENGLISH.seconds
-        bad = [served.post(language="xx"), served.post(sound=None), served.post(sound=b"no sound")]
-        bad += [
-            served.http.get(AZURE),
-            served.http.post("/v1/x"),
-            served.http.get("/no/such"),
-            served.http.get("/"),
-        ]
-        bad += [served.http.get("/v1/models"), served.http.request("BREW", "/v1/models/x")]
+        for bad in ({"language": "xx"}, {"sound": None}, {"sound": b"no sound"}, {"path": "/v1/x"}):
+            served.post(**bad)
+        for path in (AZURE, "/no/such", "/", "/v1/models"):
+            served.http.get(path)
+        served.http.request("BREW", "/v1/models/x")
         expected = {
             ("transcriptions", "200"): 3,
             ("translations", "200"): 1,
@@ -4618,38 +4581,28 @@ def test_bind_to_all_addresses_takes_any_host_but_no_foreign_origin(tmp_path: Pa
 # -- what comes back, and what is written down -----------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["path", "deployment", "query", "field", "value", "file", "header", "type"])
+EVIL = "a\r\nX-Evil: 1\r\n\r\n\x1b[31m2026-01-01 ERROR forged \u2028 \u202e \x85"
+ESCAPED = "".join(f"%{byte:02x}" for byte in EVIL.encode())
+TOO_WARM = form_of(part_of("temperature", "7"), upload())
+EVIL_REQUESTS: dict[str, bytes] = {
+    "path": post_of(TOO_WARM, path=f"/{ESCAPED}"),
+    "deployment": post_of(TOO_WARM, path=f"/openai/deployments/{ESCAPED}/audio/transcriptions"),
+    "query": post_of(TOO_WARM, path=f"{AZURE}&x={ESCAPED}"),
+    "field": post_of(form_of(part_of("model", EVIL), part_of("language", EVIL), upload()), path=OPENAI),
+    "value": post_of(form_of(part_of("response_format", EVIL), upload())),
+    "file": post_of(form_of(part_of("file", b"", EVIL.replace("\r\n", "%0D%0A")))),  # as clients write it
+    "header": post_of(TOO_WARM, b"x-ms-client-request-id: \x1b[31m\x85forged"),
+    "type": lines_of(f"POST {AZURE} HTTP/1.1", HOST, b"Content-Type: \x1b[31m\x85\xe2\x80\xa8", ""),
+}
+
+
+@pytest.mark.parametrize("where", EVIL_REQUESTS)
 def test_nothing_a_client_sends_begins_a_header_or_a_log_line(server: Served, where: str) -> None:
-    evil = "a\r\nX-Evil: 1\r\n\r\n\x1b[31m2026-01-01 ERROR forged \u2028 \u202e \x85"
-    quoted = "".join(f"%{byte:02x}" for byte in evil.encode())
-    path = {
-        "path": f"/{quoted}",
-        "deployment": f"/openai/deployments/{quoted}/audio/transcriptions",
-        "query": f"{AZURE}&x={quoted}",
-    }.get(where, OPENAI if where == "field" else AZURE)
     before = len(server.log())
-    fields = {"field": {"model": evil, "language": evil}, "value": {"response_format": evil}}.get(where, {})
-    if where == "type":
-        data = server.raw(
-            lines_of(
-                f"POST {AZURE} HTTP/1.1",
-                HOST,
-                b"Content-Type: \x1b[31m\x85\xe2\x80\xa8",
-                "Connection: close",
-                "",
-            )
-        )
-        head = data.partition(b"\r\n\r\n")[0]
-    else:
-        headers = {"x-ms-client-request-id": b"\x1b[31m\x85forged"} if where == "header" else {}
-        name = evil if where == "file" else "a.wav"
-        answer = server.http.post(
-            path, data=fields or {"temperature": "7"}, files={"file": (name, b"")}, headers=headers
-        )
-        assert answer.status_code in (400, 404), answer.text
-        head = b"".join(name + b": " + value + b"\r\n" for name, value in answer.headers.raw)
-        assert "x-evil" not in answer.headers
-    assert re.fullmatch(rb"([\x20-\x7e]+\r\n)*([\x20-\x7e]+)?", head), head
+    answer = exchange(server, EVIL_REQUESTS[where])
+    assert answer.status_code in (400, 404) and "x-evil" not in answer.headers, answer.text
+    head = b"".join(name + b": " + value + b"\n" for name, value in answer.headers.raw)
+    assert re.fullmatch(rb"([\x20-\x7e]+\n)+", head), head
     written = in_time(lambda: (server.log()[before:] + "\n").strip())
     for line in written.splitlines():  # str.splitlines knows all line ends there are
         assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING|ERROR|DEBUG) ", line), written
