@@ -1168,9 +1168,9 @@ def test_prompt_has_no_tokens_of_control(engine: Engine) -> None:
 
 
 def test_call_that_the_model_refuses_spoils_no_other() -> None:
-    owner = Owner(None, 4, lambda seconds, step: None)
+    owner = Owner(None, 4, lambda step, seconds: None)
     owner.said = lambda calls: [1 // call.key for call in calls]  # type: ignore[attr-defined]
-    calls = [Call(Work(n, Options(), io.BytesIO()), "said", n, (), {}) for n in (1, 0, 1)]
+    calls = [Call(Recording(n, Options(), io.BytesIO()), "said", n, (), {}) for n in (1, 0, 1)]
     one, bad, other = owner.answers(calls)
     assert one == other == 1 and isinstance(bad, ZeroDivisionError)
 
@@ -1192,7 +1192,7 @@ def test_gpu_that_has_failed_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
             raise RuntimeError(words)
 
         model = types.SimpleNamespace(device=device, align=fails)
-        owner = Owner(model, 4, lambda seconds, step: told.append(step))
+        owner = Owner(model, 4, lambda step, seconds: told.append(step.kind))
         with pytest.raises((RuntimeError, Refusal)):
             owner.ask(Recording(1, Options(), io.BytesIO()), "align", None)
         end = ["gpu", "exit 1"] if left else []  # the parent hears why before the end
@@ -4033,8 +4033,8 @@ def test_speed_counts_from_when_the_model_is_ready() -> None:
 
 def test_length_that_a_file_does_not_declare_is_not_made_up(recordings: Callable[[str], bytes]) -> None:
     for name in CONTAINERS:
-        work = Work(1, Options(), io.BytesIO(recordings(name)))
-        heard = whisper_server.Heard(work, 60, whisper_server.Turns(), lambda seconds, step: None)
+        work = Recording(1, Options(), io.BytesIO(recordings(name)))
+        heard = whisper_server.Sound(work, 60, whisper_server.Gate(), lambda step, seconds: None)
         assert heard.known() == (0, False)
         told = [heard.known() for _ in heard]
         assert heard.known() == (heard.seconds, True)

@@ -3646,7 +3646,8 @@ class Engine:
 
     def transcribe(self, recording: Recording, window: Window) -> list[Segment]:
         """Segments of one window, at their times in the file. Finds the language if nobody gave it."""
-        fit, arguments = fitted(math.ceil(len(window.samples) * 100 / RATE)), self.arguments_for(recording.options)
+        fit = fitted(math.ceil(len(window.samples) * 100 / RATE))
+        arguments = self.arguments_for(recording.options)
         for frames in dict.fromkeys((fit, FULL)):
             language = recording.language.result() if recording.language.done() else None
             self.current.attempt = attempt = Attempt(recording, window, frames)
