@@ -501,14 +501,14 @@ def test_figures_of_segments_are_the_models_own(server: Served) -> None:
     """Near those of faster-whisper alone, whose windows are longer, and other ones for other sounds."""
     stock = WhisperModel(str(base_files()), device="cpu", compute_type="int8")
     told = []
-    for clip in (ENGLISH, JAPANESE, SPANISH, NUMBERS, GREETING):
+    for clip in (ENGLISH, JAPANESE, SPANISH):
         fields = {"language": clip.language, "response_format": "verbose_json"}
         ours = server.post(sound=clip.bytes, **fields).json()["segments"][0]
         alone = next(iter(stock.transcribe(io.BytesIO(clip.bytes), language=clip.language)[0]))
         assert ours["avg_logprob"] == pytest.approx(alone.avg_logprob, abs=0.35)
         assert ours["no_speech_prob"] == pytest.approx(alone.no_speech_prob, abs=0.2)
         told.append((ours["avg_logprob"], ours["no_speech_prob"]))
-    assert all(len(set(column)) == 5 for column in zip(*told, strict=True))
+    assert all(len(set(column)) == 3 for column in zip(*told, strict=True))
     assert max(told)[0] - min(told)[0] > 0.36
 
 
@@ -1493,7 +1493,7 @@ def test_loud_channels_that_say_the_same_are_not_cut_off(channels: int) -> None:
 
 
 def test_windows_in_a_batch_are_heard_as_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = sorted(SAMPLES.glob("*/*.wav"))[::2]
+    names = sorted(SAMPLES.glob("*/*.wav"))[::4]
     sounds = [(samples_of(Clip(f"{name.parent.name}/{name.stem}")), name.parent.name) for name in names]
 
     def hear(number: int) -> list[Segment]:
@@ -1516,7 +1516,7 @@ def test_windows_in_a_batch_are_heard_as_alone(engine: Engine, monkeypatch: pyte
             for a, b in zip(one, other, strict=True):
                 assert a.avg_logprob == pytest.approx(b.avg_logprob, abs=1e-3)
             same += 1
-    assert same >= 10
+    assert same >= 5
 
 
 def test_a_short_clip_takes_its_turn_beside_a_long_file(
@@ -1524,13 +1524,15 @@ def test_a_short_clip_takes_its_turn_beside_a_long_file(
 ) -> None:
     """Windows of a long file wait for the model; the clip that comes later passes most of them."""
     heard = Heard(engine, monkeypatch)
+    monkeypatch.setattr(engine.owner, "batch_size", 4)
+    monkeypatch.setattr(whisper_server, "SHARED_WINDOWS", 2)
     long = Work(1, Options(language="en"), io.BytesIO())
     long.language.set_result("en")
     sound = np.concatenate((samples_of(ENGLISH), samples_of(COUNTING)))  # too long to share the clip's batch
     [window] = next(cut_windows([sound], True))
     engine.owner.enter(long)
-    with ThreadPoolExecutor(34) as pool:
-        waiting = [pool.submit(engine.transcribe, long, window) for _ in range(34)]
+    with ThreadPoolExecutor(16) as pool:
+        waiting = [pool.submit(engine.transcribe, long, window) for _ in range(16)]
         assert in_time(lambda: len(heard.batches) >= 2, 120)
         begun = len(heard.batches)
         assert_heard("".join(s.text for s in transcribed(engine, samples_of(HELLO), 2, language="en")), HELLO)
@@ -1538,7 +1540,7 @@ def test_a_short_clip_takes_its_turn_beside_a_long_file(
         for one in waiting:
             assert "lazy dog" in bare("".join(segment.text for segment in one.result()))
     engine.owner.leave(long)
-    assert after <= 3 * SHARED_WINDOWS  # a few turns of one lane, not the eighteen that were waiting
+    assert after <= 3 * 2  # a few turns of one lane, not the eight that were waiting
 
 
 def turns(owner: Owner, works: list[Work], rounds: int, keys: str) -> list[list[int]]:
