@@ -5117,13 +5117,16 @@ OPEN = whisper_server.Path(__file__).with_name("open")
 class Wordy:
     batch_size = 2
     def __init__(self, directory, settings, device, busy):
+        if BADLY == "load" and device.device == "gpu":
+            os.kill(os.getpid(), signal.SIGSEGV)
+            time.sleep(9)  # until it arrives
         self.device = device.device
         self.owner = whisper_server.Owner(None, 2, busy)
     def check_language(self, code):
         pass
     def transcribe(self, work, window):
         whisper_server.log.info("window of request %d", work.id)
-        if work.options.prompt == "die" or (BADLY and self.device == "gpu"):
+        if work.options.prompt == "die" or (BADLY == "model" and self.device == "gpu"):
             self.owner.busy(60, "lane 0")
             os.kill(os.getpid(), signal.SIGSEGV)
             time.sleep(9)  # until it arrives
@@ -5147,10 +5150,12 @@ def choose(settings, directory, given_up, patience):
     return whisper_server.Device(device, "made up", "int8", why=given_up)
 
 def every_12_s(samples, longest):  # so that it is known how many windows there are
+    if BADLY == "decoder" and len(samples) == 32000:
+        os.abort()
     return [(at, min(at + longest, len(samples))) for at in range(0, len(samples), longest)]
 
 whisper_server.quiet_cuts = every_12_s
-BADLY, SECONDS = False, 0.0
+BADLY, SECONDS = "", 0.0  # where a worker with a GPU dies
 whisper_server.Engine, whisper_server.choose_device = Wordy, choose
 whisper_server.locate_model = lambda model: whisper_server.Path("/")
 """
@@ -5347,17 +5352,6 @@ Wordy.__init__, whisper_server.Worker.tick, whisper_server.gpu_in_sight = __init
         assert "hangs" not in served.log() and "died" not in served.log()
 
 
-def test_deaths_outside_the_model_are_no_fault_of_the_gpu() -> None:
-    steps = {"lane 0": True, "load": True, "failed GPU": True, 7: False, "job 8": False}
-    for step, given_up in steps.items():
-        worker = whisper_server.Worker(Settings(deployments={}), "base", whisper_server.Metrics())
-        for _ in range(2):
-            worker.pipe, _ = socket.socketpair()
-            worker.state, worker.steps = {"state": "ready", "device": "gpu"}, {step: math.inf}
-            worker._died(-11)
-        assert bool(worker.given_up) == given_up, step
-
-
 def test_client_that_leaves_takes_what_waits_for_the_model_along(tmp_path: Path) -> None:
     patch = """
 def slow(self, calls):
@@ -5410,41 +5404,39 @@ multiprocessing.context.SpawnProcess.start = refuse
         assert "Traceback" not in served.log()
 
 
-def test_worker_in_a_step_is_not_idle() -> None:
+def test_worker_in_a_step_is_not_idle(tmp_path: Path) -> None:
     """A model that is loaded or tested for longer than WHISPER_IDLE_SECONDS, with nobody waiting for it."""
-
-    class Process:
-        ended = 0
-
-        def kill(self) -> None:
-            self.ended += 1
-
-        def join(self, seconds: float) -> None:
-            pass
-
-    worker = whisper_server.Worker(Settings(deployments={}, idle_seconds=5), "base", whisper_server.Metrics())
-    worker.process, worker.pipe = process, _ = Process(), socket.socket()
-    worker.idle_since = time.monotonic() - 100
-    worker._hear("busy", "load", 1000)
-    worker.tick()
-    assert process.ended == 0
-    worker._hear("state", {"state": "ready"})
-    worker._hear("busy", "load", 0)
-    worker.tick()  # idle only since it was ready
-    assert process.ended == 0
-    worker.idle_since = time.monotonic() - 100
-    worker.tick()
-    assert process.ended == 1 and worker.process is None
+    patch = """
+def slowly(self, *arguments):
+    whisper_server.log.info("loads")
+    time.sleep(2.5)
+    begun(self, *arguments)
+begun, Wordy.__init__ = Wordy.__init__, slowly
+"""
+    with serving(tmp_path, patch=WORDY + patch, PRELOAD="1", IDLE_SECONDS="1") as served:
+        served.wait_for("idle for 1 s; ending the worker")
+        found = [re.search(rf"(.+?) INFO .*{event}", served.log()) for event in ("loaded on", "idle for")]
+        loaded, ended = (np.datetime64(line[1].replace(",", ".")) for line in found if line)
+        assert ended - loaded >= np.timedelta64(1, "s")  # idle only since it was ready
 
 
-def test_deaths_on_the_gpu_lead_to_the_cpu(tmp_path: Path) -> None:
-    with serving(tmp_path, patch=WORDY + "BADLY = True", VAD="0") as served:
+@pytest.mark.parametrize("where", ["model", "load"])
+def test_deaths_on_the_gpu_lead_to_the_cpu(tmp_path: Path, where: str) -> None:
+    with serving(tmp_path, patch=WORDY + f"BADLY = {where!r}", VAD="0") as served:
         assert served.post(sound=SHORT).status_code == 500
         assert words(served) == 1
         state = served.health()["models"]["base"]
         assert (state["device"], state["why"]) == ("cpu", "2 deaths on the GPU")
         assert served.log().count("the worker died (") == 2
         assert "using the CPU from now on" in served.log()
+
+
+def test_deaths_outside_the_model_are_no_fault_of_the_gpu(tmp_path: Path) -> None:
+    with serving(tmp_path, patch=WORDY + "BADLY = 'decoder'", VAD="0") as served:
+        assert words(served) == 1
+        assert served.post(sound=noise(2)).status_code == 500
+        assert served.log().count("the worker died (") == 2 and words(served) == 1
+        assert served.health()["models"]["base"]["device"] == "gpu"
 
 
 def test_failure_of_one_request_is_its_own(tmp_path: Path) -> None:
@@ -5832,18 +5824,10 @@ def test_client_leaves_while_it_uploads(server: Served) -> None:
 
 
 def test_full_queue_answers_before_the_upload_and_health_always(tmp_path: Path) -> None:
-    patch = f"""
-gate, spoken = whisper_server.Path({str(tmp_path / "open")!r}), Wordy.transcribe
-def transcribe(self, work, window):
-    while work.id > 1 and not gate.exists():
-        time.sleep(0.05)
-    return spoken(self, work, window)
-Wordy.transcribe = transcribe
-"""
-    with serving(tmp_path, patch=WORDY + patch, MAX_QUEUE="20", VAD="0") as served:
+    with serving(tmp_path, patch=WORDY, MAX_QUEUE="20", VAD="0") as served:
         assert words(served) == 1
         in_time(lambda: served.health()["requests"]["in_work"] == 0)
-        with asking(served, 20, sound=SHORT) as answers:
+        with asking(served, 20, sound=SHORT, prompt="wait") as answers:
             in_time(lambda: served.health()["requests"]["in_work"] == 20)
             with connect(served) as connection:
                 connection.sendall(post_of(b"", "Expect: 100-continue", length=10_000_000))
@@ -5862,8 +5846,8 @@ Wordy.transcribe = transcribe
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_first_signal_lets_requests_finish_and_takes_no_new_ones(tmp_path: Path, number: int) -> None:
     with (
-        serving(tmp_path, patch=WORDY + "SECONDS = 5", VAD="0") as served,
-        asking(served, 2, sound=SHORT) as answers,
+        serving(tmp_path, patch=WORDY, VAD="0") as served,
+        asking(served, 2, sound=SHORT, prompt="wait") as answers,
     ):
         in_time(lambda: served.log().count("window of request") == 2)
         child = worker_of(served)
@@ -5873,6 +5857,7 @@ def test_first_signal_lets_requests_finish_and_takes_no_new_ones(tmp_path: Path,
         assert refused_now.status_code == 503 and refused_now.headers["connection"] == "close"
         health = served.http.get("/health")
         assert health.json()["status"] == "draining" and health.headers["retry-after"] == "5"
+        (tmp_path / "open").touch()
         assert [answer.result().status_code for answer in answers] == [200, 200]
         assert served.process.wait(10) == 0
         assert gone(child) and "Traceback" not in served.log()
@@ -5888,35 +5873,27 @@ def test_signal_without_requests_ends_at_once(tmp_path: Path) -> None:
         assert served.process.wait(10) == 0
 
 
-def test_grace_period_ends(tmp_path: Path) -> None:
-    patch = WORDY + "SECONDS = 60\nwhisper_server.GRACE_SECONDS = 1"
-    with serving(tmp_path, patch=patch, VAD="0") as served, connect(served) as connection:
-        connection.sendall(post_of(form_of()))
+ENDS: dict[str, tuple[list[int], int, str]] = {  # signals, exit code; a patch
+    "the grace period": ([signal.SIGTERM], 0, "whisper_server.GRACE_SECONDS = 1"),
+    "a second signal": ([signal.SIGTERM, signal.SIGTERM], 128 + signal.SIGTERM, ""),
+    "a death": ([signal.SIGKILL], -signal.SIGKILL, ""),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_request_that_would_not_end_holds_up_no_end_of_the_server(tmp_path: Path, end: str) -> None:
+    numbers, code, patch = ENDS[end]
+    form = form_of(part_of("prompt", b"wait"), part_of("file", SHORT, "a.wav"))
+    with serving(tmp_path, patch=WORDY + patch, VAD="0") as served, connect(served) as connection:
+        connection.sendall(post_of(form))
         served.wait_for("window of request")
-        child = worker_of(served)
-        served.process.send_signal(signal.SIGTERM)
-        assert served.process.wait(15) == 0 and gone(child)
-
-
-def test_second_signal_ends_at_once(tmp_path: Path) -> None:
-    with serving(tmp_path, patch=WORDY + "SECONDS = 60", VAD="0") as served, connect(served) as connection:
-        connection.sendall(post_of(form_of()))
-        served.wait_for("window of request")
-        child = worker_of(served)
-        served.process.send_signal(signal.SIGTERM)
-        served.wait_for("stopping")
-        served.process.send_signal(signal.SIGTERM)
-        assert served.process.wait(10) == 128 + signal.SIGTERM
-        in_time(lambda: gone(child))
-
-
-def test_death_of_the_server_leaves_no_worker(tmp_path: Path) -> None:
-    with serving(tmp_path, patch=WORDY + "SECONDS = 60", VAD="0") as served, connect(served) as connection:
-        connection.sendall(post_of(form_of()))
-        served.wait_for("window of request")
-        begun = [pid for pid in descended(served)]
+        begun = [*descended(served)]
         assert served.child() in begun
-        served.process.kill()
+        for number in numbers:
+            served.process.send_signal(number)
+            if number != signal.SIGKILL:
+                served.wait_for("stopping")
+        assert served.process.wait(15) == code
         in_time(lambda: all(gone(pid) for pid in begun))
 
 
@@ -5959,7 +5936,6 @@ if __name__ == "__main__" and os.getpid() != 1:  # not allowed here; a subreaper
 
 # -- devices and the doctor ------------------------------------------------------------------------
 
-XTX_IDS = "744C,\tC7,\tAMD Radeon RX 7900 XT\n744C,\tC8,\tAMD Radeon RX 7900 XTX\n"
 OFFICIAL = "gfx1030 gfx1100 gfx1101 gfx1102 gfx1150 gfx1151 gfx1200 gfx1201"  # CTranslate2's ROCm wheels
 
 
@@ -5978,6 +5954,16 @@ class Machine:
         place.write_bytes(text if isinstance(text, bytes) else text.encode())
         return place
 
+    def having(self, *paths: str, text: str = "") -> Machine:
+        for path in paths:
+            self.file(path, text)
+        return self
+
+    def lacking(self, *paths: str) -> Machine:
+        for path in paths:
+            (self.root / path).unlink()
+        return self
+
     def amd(self, node: int, version: int, simds: int, device: int, revision: str = "0xc1") -> Machine:
         """A GPU as the kernel shows it, and its device nodes."""
         nodes, minor = "sys/class/kfd/kfd/topology/nodes", 127 + node
@@ -5995,6 +5981,11 @@ class Machine:
 
     def radeon_780m(self) -> Machine:
         return self.amd(1, 110003, 24, 0x15BF)
+
+    def xtx(self, node: int) -> Machine:
+        names = "744C,\tC7,\tAMD Radeon RX 7900 XT\n744C,\tC8,\tAMD Radeon RX 7900 XTX\n"
+        self.file("usr/share/libdrm/amdgpu.ids", names)
+        return self.amd(node, 110000, 192, 0x744C, "0xc8")
 
     def rocm(self, ours: str = OFFICIAL, rocblas: str = OFFICIAL) -> Machine:
         """AMD's build of CTranslate2 and rocBLAS, with code for these targets."""
@@ -6033,18 +6024,81 @@ def looked(asked_for: bool = False) -> tuple[whisper_server.Gpu | None, str]:
     return gpu, "\n".join(f"{step.text} | {step.cure}" for step in steps)
 
 
-APU = {"CT2_CUDA_ALLOCATOR": "cub_caching", "HSA_ENABLE_SDMA": "0"}
+OVERRIDE, CUB = "HSA_OVERRIDE_GFX_VERSION", {"CT2_CUDA_ALLOCATOR": "cub_caching"}
+APU = CUB | {"HSA_ENABLE_SDMA": "0"}
 
 
-def test_780m_runs_as_gfx1102_then_as_gfx1100(machine: Machine) -> None:
-    gpu, said = looked() if machine.radeon_780m().rocm() else (None, "")
-    assert gpu and (gpu.name, gpu.gfx) == ("Radeon 780M", "gfx1103")
-    versions = ("11.0.2", "11.0.0")
-    assert gpu.environments == tuple(APU | {"HSA_OVERRIDE_GFX_VERSION": one} for one in versions)
-    assert "gfx1103, 24 SIMDs, shares the machine's memory" in said
-    assert "amdgpu.cwsr_enable=1" in said and "boot with amdgpu.cwsr_enable=0" in said
-    machine.file("sys/module/amdgpu/parameters/cwsr_enable", "0\n")
-    assert "boot with" not in looked()[1]
+def overridden(**fixed: str) -> list[dict[str, str]]:
+    """The environments in which a 780M is tried."""
+    return [fixed | {OVERRIDE: version} for version in ("11.0.2", "11.0.0")]
+
+
+@dataclasses.dataclass
+class Sight:
+    """How a machine is built, the GPU that is found (name, target, environments), what is said on the way."""
+
+    build: Callable[[Machine], Machine]
+    found: tuple[str, str, list[dict[str, str]]] | None = None
+    said: Sequence[str] = ()
+    unsaid: Sequence[str] = ()
+    user: dict[str, str] = dataclasses.field(default_factory=dict)  # what the user has set
+    asked_for: bool = False
+
+
+DXG, LIBRARY, CWSR = "dev/dxg", "opt/rocm/lib/librocdxg.so", "sys/module/amdgpu/parameters/cwsr_enable"
+M780, XTX = ("Radeon 780M", "gfx1103"), ("AMD Radeon RX 7900 XTX", "gfx1100")
+L4: tuple[str, str, list[dict[str, str]]] = ("NVIDIA L4", "", [{}])
+USUAL = (*M780, overridden(**APU))
+SIGHTS = {
+    "780M": Sight(lambda m: m.radeon_780m().rocm(), USUAL, [
+        "24 SIMDs, shares the machine's memory", "cwsr_enable=1", "boot with amdgpu.cwsr_enable=0"]),
+    "780M, booted so": Sight(
+        lambda m: m.radeon_780m().rocm().having(CWSR, text="0\n"), USUAL, unsaid=["boot with"]),
+    "780M, override of the user": Sight(lambda m: m.radeon_780m().rocm(), (*M780, [APU]), [
+        "11.0.1, as the environment says"], user={OVERRIDE: "11.0.1"}),
+    "780M, the rest of the user": Sight(lambda m: m.radeon_780m().rocm(), (*M780, overridden()), user={
+        OVERRIDE: "", "HSA_ENABLE_SDMA": "1", "CT2_CUDA_ALLOCATOR": "x"}),  # "": as compose passes on .env
+    "780M, PyPI's CTranslate2": Sight(lambda m: m.radeon_780m().pypi(), said=["no ROCm", "whisper-rocm"]),
+    "7900 XTX": Sight(lambda m: m.xtx(1).rocm(), (*XTX, [CUB]), unsaid=["memory", "cwsr"]),
+    "the stronger of two": Sight(
+        lambda m: m.radeon_780m().xtx(2).rocm(), (*XTX, [CUB | {"ROCR_VISIBLE_DEVICES": "1"}])),
+    "the chosen of two": Sight(
+        lambda m: m.radeon_780m().xtx(2).rocm(), USUAL, user={"HIP_VISIBLE_DEVICES": "0"}),
+    "WSL2": Sight(lambda m: m.rocm().having(DXG), said=["does not officially support the Radeon 780M"]),
+    "WSL2 asked for, without librocdxg": Sight(lambda m: m.rocm().having(DXG), asked_for=True),
+    "WSL2 not asked for": Sight(lambda m: m.rocm().having(DXG, LIBRARY)),
+    "WSL2 asked for": Sight(lambda m: m.rocm().having(DXG, LIBRARY), (
+        *M780, overridden(**APU, HSA_ENABLE_DXG_DETECTION="1")), asked_for=True),
+    "NVIDIA": Sight(lambda m: m.nvidia().pypi(), L4),
+    "both, PyPI's CTranslate2": Sight(lambda m: m.nvidia().radeon_780m().pypi(), L4),
+    "both, AMD's CTranslate2": Sight(lambda m: m.nvidia().radeon_780m().rocm(), USUAL),
+    "NVIDIA under WSL2": Sight(
+        lambda m: m.pypi().having(DXG, "usr/lib/wsl/lib/libcuda.so.1"), ("NVIDIA GPU under WSL2", "", [{}])),
+    "nothing": Sight(lambda m: m, said=["there is neither AMD's /dev/kfd nor NVIDIA's driver"]),
+    "AMD without driver": Sight(
+        lambda m: m.having("sys/class/drm/card0/device/vendor", text="0x1002"), said=["but no /dev/kfd"]),
+    "driver without GPU": Sight(lambda m: m.having("dev/kfd"), said=["no GPU below /sys/class/kfd"]),
+    # A container sees the host's /sys, but only the devices it was given; all that is in the way is told
+    "no render node": Sight(lambda m: m.radeon_780m().rocm().lacking("dev/dri/renderD128"), said=[
+        "/dev/dri/renderD128 cannot be opened: No such file", "--device"]),
+    "no device": Sight(lambda m: m.radeon_780m().pypi().lacking("dev/dri/renderD128", "dev/kfd"), said=[
+        "/dev/kfd cannot be opened: No such file", "/renderD128 cannot", "cwsr_enable", "has no ROCm"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
+def test_gpu_is_found_or_it_is_said_why_not(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, sight: str
+) -> None:
+    case = SIGHTS[sight]
+    case.build(machine)
+    for name, value in case.user.items():
+        monkeypatch.setenv(name, value)
+    gpu, said = looked(case.asked_for)
+    found = (gpu.name, gpu.gfx, [*gpu.environments]) if gpu else None
+    assert found == case.found
+    assert all(words in said for words in case.said), said
+    assert not any(words in said for words in case.unsaid), said
 
 
 @pytest.mark.parametrize(
@@ -6069,37 +6123,6 @@ def test_override_only_if_needed_and_installed(
     assert ("HIP_ARCHITECTURES" in said) == (not versions)
 
 
-def test_what_the_user_has_set_stays(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine.radeon_780m().rocm()
-    monkeypatch.setenv("HSA_OVERRIDE_GFX_VERSION", "11.0.1")
-    gpu, said = looked()
-    assert gpu and gpu.environments == (APU,) and "11.0.1, as the environment says" in said
-    monkeypatch.setenv("HSA_OVERRIDE_GFX_VERSION", "")  # as compose passes on what .env leaves empty
-    monkeypatch.setenv("HSA_ENABLE_SDMA", "1")
-    monkeypatch.setenv("CT2_CUDA_ALLOCATOR", "cuda_malloc_async")
-    gpu, _ = looked()
-    assert gpu and gpu.environments == tuple({"HSA_OVERRIDE_GFX_VERSION": v} for v in ("11.0.2", "11.0.0"))
-
-
-def test_7900_xtx_needs_no_override(machine: Machine) -> None:
-    machine.amd(1, 110000, 192, 0x744C, "0xc8").rocm().file("usr/share/libdrm/amdgpu.ids", XTX_IDS)
-    gpu, said = looked()
-    assert gpu and (gpu.name, gpu.gfx) == ("AMD Radeon RX 7900 XTX", "gfx1100")
-    assert gpu.environments == ({"CT2_CUDA_ALLOCATOR": "cub_caching"},)
-    assert "memory" not in said and "cwsr" not in said
-
-
-def test_the_stronger_of_two_is_used_and_the_other_is_hidden(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    machine.radeon_780m().amd(2, 110000, 192, 0x744C, "0xc8").rocm()
-    gpu, _ = looked()
-    assert gpu and (gpu.gfx, gpu.environments[0]["ROCR_VISIBLE_DEVICES"]) == ("gfx1100", "1")
-    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "0")
-    gpu, _ = looked()
-    assert gpu and gpu.gfx == "gfx1103" and "ROCR_VISIBLE_DEVICES" not in gpu.environments[0]
-
-
 @pytest.mark.parametrize(
     ("version", "gfx"), [(90010, "gfx90a"), (90402, "gfx942"), (100306, "gfx1036"), (120001, "gfx1201")]
 )
@@ -6107,62 +6130,6 @@ def test_gfx_targets_are_spelt_as_llvm_spells_them(machine: Machine, version: in
     machine.amd(1, version, 8, 0x1234).rocm(gfx, gfx)
     gpu, _ = looked()
     assert gpu and gpu.gfx == gfx
-
-
-def test_ctranslate2_of_pypi_has_no_rocm(machine: Machine) -> None:
-    gpu, said = looked() if machine.radeon_780m().pypi() else (None, "")
-    assert gpu is None and "has no ROCm" in said and "whisper-rocm" in said
-
-
-def test_wsl2_is_the_cpu_unless_asked(machine: Machine) -> None:
-    machine.rocm().file("dev/dxg")
-    gpu, said = looked()
-    assert gpu is None and "does not officially support the Radeon 780M" in said
-    assert looked(asked_for=True)[0] is None  # without librocdxg it cannot be
-    machine.file("opt/rocm/lib/librocdxg.so")
-    assert looked()[0] is None
-    gpu, _ = looked(asked_for=True)
-    assert gpu and gpu.gfx == "gfx1103"
-    assert [one["HSA_OVERRIDE_GFX_VERSION"] for one in gpu.environments] == ["11.0.2", "11.0.0"]
-    assert {one["HSA_ENABLE_DXG_DETECTION"] for one in gpu.environments} == {"1"}
-
-
-def test_nvidia(machine: Machine) -> None:
-    machine.nvidia().pypi()
-    assert looked()[0] == whisper_server.Gpu("NVIDIA L4")
-    machine.radeon_780m()  # beside it; this CTranslate2 can only use NVIDIA's
-    assert looked()[0] == whisper_server.Gpu("NVIDIA L4")
-    machine.rocm()  # and this one only AMD's
-    gpu, _ = looked()
-    assert gpu and gpu.name == "Radeon 780M"
-
-
-def test_nvidia_under_wsl2(machine: Machine) -> None:
-    machine.pypi().file("dev/dxg")
-    machine.file("usr/lib/wsl/lib/libcuda.so.1")
-    gpu, _ = looked()
-    assert gpu and "NVIDIA" in gpu.name
-
-
-def test_no_gpu(machine: Machine) -> None:
-    gpu, said = looked()
-    assert gpu is None and "there is neither AMD's /dev/kfd nor NVIDIA's driver" in said
-    machine.file("sys/class/drm/card0/device/vendor", "0x1002\n")
-    assert "a GPU of AMD, but no /dev/kfd" in looked()[1]
-    machine.file("dev/kfd")
-    assert "no GPU below /sys/class/kfd" in looked()[1]
-
-
-def test_devices_that_a_container_was_not_given(machine: Machine) -> None:
-    machine.radeon_780m().rocm()  # a container sees the host's /sys, but only the devices it was given
-    (machine.root / "dev/dri/renderD128").unlink()
-    gpu, said = looked()
-    assert gpu is None and "/dev/dri/renderD128 cannot be opened: No such file" in said and "--device" in said
-    (machine.root / "dev/kfd").unlink()
-    machine.pypi()
-    gpu, said = looked()  # all that is in the way is told at once
-    assert gpu is None and "/dev/kfd cannot be opened: No such file" in said and "/renderD128 cannot" in said
-    assert "cwsr_enable" in said and "has no ROCm" in said
 
 
 def test_devices_without_permission(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -6267,27 +6234,24 @@ def test_verdict_is_kept_until_something_changes(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(whisper_server, "try_gpu", tried)
     machine.radeon_780m().rocm()
-    model = tmp_path / "model"
-    weights = machine.file("model/model.bin", "weights")
-    assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")]
-    machine.rocm(OFFICIAL + " gfx90a")  # another build of CTranslate2, perhaps of the same version
-    assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")]
-    weights.write_text("other weights")
-    assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")]
-    machine.file("opt/rocm/.info/version", "7.2.2\n")
-    assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")]
-    machine.file("usr/lib64/rocblas/library/TensileLibrary_lazy_gfx1103.dat")
-    assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")]
-    for value in ("10.3.0", "11.0.2"):  # what the user sets counts by its value
-        monkeypatch.setenv("HSA_OVERRIDE_GFX_VERSION", value)
-        assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")]
-    monkeypatch.delenv("HSA_OVERRIDE_GFX_VERSION")
-    assert chosen() == (True, "gpu")
-    monkeypatch.setattr(whisper_server.platform, "release", lambda: "7.0.1")
-    assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")]
+    model, weights = tmp_path / "model", machine.file("model/model.bin", "weights")
+    kernel = "usr/lib64/rocblas/library/TensileLibrary_lazy_gfx1103.dat"
+    changes: list[Callable[[], Any]] = [
+        lambda: None,  # the first time
+        lambda: machine.rocm(OFFICIAL + " gfx90a"),  # another CTranslate2, perhaps of the same version
+        lambda: weights.write_text("other weights"),
+        lambda: machine.file("opt/rocm/.info/version", "7.2.2\n"),
+        lambda: machine.file(kernel),
+        lambda: monkeypatch.setenv(OVERRIDE, "10.3.0"),  # what the user sets counts by its value
+        lambda: monkeypatch.setenv(OVERRIDE, "11.0.2"),
+        lambda: monkeypatch.delenv(OVERRIDE),
+        lambda: monkeypatch.setattr(whisper_server.platform, "release", lambda: "7.0.1"),
+        lambda: whisper_server.verdict_file(model).write_text('{"asked": 1'),  # damaged
+    ]
+    for number, change in enumerate(changes):
+        change()
+        assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")], number
     assert [chosen(compute_type="float16"), chosen(compute_type="float16")] == [(True, "gpu"), (False, "gpu")]
-    whisper_server.verdict_file(model).write_text('{"asked": 1')  # damaged
-    assert chosen() == (True, "gpu")
     verdict = {"why": "it gives wrong results"}
     weights.write_text("new")
     assert [chosen(), chosen()] == [(True, "cpu"), (False, "cpu")]
@@ -6436,53 +6400,39 @@ def test_gpu_that_is_wrong_in_int8_alone_is_used_with_16_bits(server: Served, tm
         assert served.log().count("wrong results") == 1
 
 
-PROBES = {
-    "hangs": ("time.sleep(1000)", "the probe of the Radeon 780M did not end within 1 s"),
-    "crashes": ("os.abort()", r"the probe of the Radeon 780M died \(exit code -6\)"),
-    "sees nothing": ("return []", "CTranslate2 sees no Radeon 780M"),
-    "lacks the types": ('return ["bfloat16"]', "has none of"),
+FAULTS: dict[str, tuple[str, str, str, int]] = {  # a function, its body, why the GPU is not used; tries
+    "probe hangs": ("probe()", "time.sleep(1000)", "the probe of the Radeon 780M did not end within 1 s", 0),
+    "probe crashes": ("probe()", "os.abort()", r"the probe of the Radeon 780M died \(exit code -6\)", 0),
+    "probe sees nothing": ("probe()", "return []", "CTranslate2 sees no Radeon 780M", 0),
+    "probe lacks the types": ("probe()", 'return ["bfloat16"]', "has none of", 0),
+    # Another type and another override may help where it failed; where it hung, they would hang, too
+    "self-test hangs": ("hear(*asked)", "time.sleep(1000)", "as int8 did not end within 2 s", 1),
+    "self-test crashes": ("hear(*asked)", "os.abort()", r"as float32 died \(exit code -6\)", 4),
+    "self-test raises": ("hear(*asked)", "1 / 0", "as float32 failed: ZeroDivisionError", 4),
 }
 
 
-@pytest.mark.parametrize("how", PROBES)
-def test_probe_that_fails_leads_to_the_cpu(tmp_path: Path, how: str) -> None:
-    body, why = PROBES[how]
-    code = f"def probe():\n    {body}\n" + "whisper_server.PROBE_SECONDS = 1\n" * (how == "hangs")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_gpu_that_fails_its_test_leads_to_the_cpu(tmp_path: Path, fault: str) -> None:
+    function, body, why, tries = FAULTS[fault]
+    if function != "probe()":
+        body = f"if asked[-1] == 2:  # runs: this is the GPU\n        {body}\n    return [None]"
+    code = f"def {function}:\n    {body}\n"
+    if fault == "probe hangs":
+        code += "whisper_server.PROBE_SECONDS = 1\n"
+    elif fault == "self-test hangs":  # on the GPU; the CPU before it may take its time
+        code += """
+real = whisper_server.in_throwaway
+def in_throwaway(seconds, environment, function, *asked):
+    return real(2 if asked[-1:] == (2,) else 60, environment, function, *asked)
+whisper_server.in_throwaway = in_throwaway
+"""
     with serving(tmp_path, patch=on_a_machine(tmp_path, code), VAD="0") as served:
         assert words(served) == 1
         state = served.health()["models"]["base"]
         assert state["device"] == "cpu" and re.search(why, state["why"])
-        assert "no GPU: " in served.log()
+        assert "no GPU: " in served.log() and served.log().count("self-test: the Radeon 780M as ") == tries
         in_time(lambda: len(psutil.Process(served.child()).children()) == 0)  # nor is a hanging one left
-
-
-SELF_TESTS = {
-    "hangs": ("time.sleep(1000)", "as int8 did not end within 60 s", 1),
-    "crashes": ("os.abort()", r"as float32 died \(exit code -6\)", 4),
-    "raises": ("1 / 0", "as float32 failed: ZeroDivisionError", 4),
-}
-
-
-@pytest.mark.parametrize("how", SELF_TESTS)
-def test_self_test_that_fails_leads_to_the_cpu(tmp_path: Path, how: str) -> None:
-    """Another type and another override may help where it failed; where it hung, they would hang, too."""
-    body, why, tries = SELF_TESTS[how]
-    code = f"""
-    def hear(directory, device, compute_type, threads, runs):
-        if runs == 2:
-            {body}
-        return [None]
-    real = whisper_server.in_throwaway
-    def in_throwaway(seconds, environment, function, *arguments):
-        seconds = 2 if {how == "hangs"} and arguments[-1:] == (2,) else 60
-        return real(seconds, environment, function, *arguments)
-    whisper_server.in_throwaway = in_throwaway
-    """
-    with serving(tmp_path, patch=on_a_machine(tmp_path, code), VAD="0") as served:
-        assert words(served) == 1
-        state = served.health()["models"]["base"]
-        assert state["device"] == "cpu" and re.search(why.replace("60 s", "2 s"), state["why"])
-        assert served.log().count("self-test: the Radeon 780M as ") == tries
 
 
 def test_gpu_is_asked_for_and_there_is_none(tmp_path: Path) -> None:
@@ -6782,45 +6732,39 @@ def test_compose_gives_the_gpu_to_its_own_service_alone() -> None:
 # -- what runs out ---------------------------------------------------------------------------------
 
 
-def test_full_disk_is_507_and_nothing_is_left(tmp_path: Path) -> None:
-    full = """
-import resource
-resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
-"""
-    with serving(tmp_path, patch=WORDY + full, VAD="0") as served:
-        for size in (600_000, 500_001, 5_000_000):
-            answer = served.post(sound=bytes(size))
-            assert answer.status_code == 507, answer.text
-            assert "cannot be stored" in answer.text
-        assert words(served, sound=noise(10)) >= 1
-        assert in_time(lambda: not kept_uploads(served)) and "Traceback" not in served.log()
+# patch, sizes of uploads, words of the refusal. Until the test makes the file `open` there is no room.
+NO_ROOM: dict[str, tuple[str, tuple[int, ...], str]] = {
+    "a file may not be larger": (  # and a smaller one is stored all the while
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))",
+        (600_000, 500_001, 5_000_000),
+        "cannot be stored",
+    ),
+    "the disk is full": (  # the system itself says ENOSPC, at a write or only at the last one
+        "import tempfile; whole = tempfile.TemporaryFile\n"
+        "tempfile.TemporaryFile = lambda: whole() if OPEN.exists() else open('/dev/full', 'w+b')",
+        (1, 10_000, 5_000_000),
+        "No space left",
+    ),
+    "the directory is away": (
+        "import tempfile; tempfile.tempdir = str(OPEN.with_name('away'))",
+        (1,),
+        "cannot be stored",
+    ),
+}
 
 
-def test_no_space_left_is_507_and_nothing_is_left(tmp_path: Path) -> None:
-    patch = f"""
-import tempfile
-whole = tempfile.TemporaryFile
-def on_a_full_disk():  # the system itself says ENOSPC, at a write or only at the last one
-    return whole() if whisper_server.Path({str(tmp_path / "room")!r}).exists() else open("/dev/full", "w+b")
-tempfile.TemporaryFile = on_a_full_disk
-"""
+@pytest.mark.parametrize("why", NO_ROOM)
+def test_upload_without_room_is_507_and_nothing_is_left(tmp_path: Path, why: str) -> None:
+    patch, sizes, message = NO_ROOM[why]
     with serving(tmp_path, patch=WORDY + patch, VAD="0") as served:
-        for size in (1, 10_000, 5_000_000):
+        for size in sizes:
             answer = served.post(sound=bytes(size))
-            assert answer.status_code == 507 and "No space left" in answer.text
-        assert not [name for name in open_files(served.process.pid) if name == "/dev/full"]
-        (tmp_path / "room").touch()
-        assert words(served) == 1 and in_time(lambda: not kept_uploads(served))
-        assert "Traceback" not in served.log()
-
-
-def test_no_place_for_temporary_files_is_507(tmp_path: Path) -> None:
-    patch = f"import tempfile; tempfile.tempdir = {str(tmp_path / 'away')!r}"
-    with serving(tmp_path, patch=WORDY + patch, VAD="0") as served:
-        answer = served.post(sound=SHORT)
-        assert answer.status_code == 507 and "cannot be stored" in answer.text
+            assert answer.status_code == 507 and message in answer.text, answer.text
+        assert "/dev/full" not in open_files(served.process.pid)
+        (tmp_path / "open").touch()
         (tmp_path / "away").mkdir()
-        assert words(served) == 1 and not list((tmp_path / "away").iterdir())
+        assert words(served, sound=noise(10)) == 1 and not [*(tmp_path / "away").iterdir()]
+        assert in_time(lambda: not kept_uploads(served)) and "Traceback" not in served.log()
 
 
 def test_out_of_descriptors_those_inside_go_on(tmp_path: Path) -> None:
