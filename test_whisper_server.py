@@ -1493,7 +1493,7 @@ def test_loud_channels_that_say_the_same_are_not_cut_off(channels: int) -> None:
 
 
 def test_windows_in_a_batch_are_heard_as_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = sorted(SAMPLES.glob("*/*.wav"))[::4]
+    names = [name for name in sorted(SAMPLES.glob("*/*.wav"))[::2] if name.stem != "witaj_swiecie"]
     sounds = [(samples_of(Clip(f"{name.parent.name}/{name.stem}")), name.parent.name) for name in names]
 
     def hear(number: int) -> list[Segment]:
@@ -1507,16 +1507,13 @@ def test_windows_in_a_batch_are_heard_as_alone(engine: Engine, monkeypatch: pyte
     with ThreadPoolExecutor(len(sounds)) as pool:
         together = list(pool.map(hear, range(len(sounds))))
     assert max(len(set(batch)) for batch in heard.batches) >= 4
-    same = 0
     for one, other in zip(alone, together, strict=True):
-        if all(segment.temperature == 0 for segment in one + other):  # what was sampled cannot be compared
-            assert [(s.tokens, s.start, s.end, s.words) for s in one] == [
-                (s.tokens, s.start, s.end, s.words) for s in other
-            ]
-            for a, b in zip(one, other, strict=True):
-                assert a.avg_logprob == pytest.approx(b.avg_logprob, abs=1e-3)
-            same += 1
-    assert same >= 5
+        assert all(segment.temperature == 0 for segment in one + other)  # what is sampled cannot be compared
+        assert [(s.tokens, s.start, s.end, s.words) for s in one] == [
+            (s.tokens, s.start, s.end, s.words) for s in other
+        ]
+        for a, b in zip(one, other, strict=True):
+            assert a.avg_logprob == pytest.approx(b.avg_logprob, abs=1e-3)
 
 
 def test_a_short_clip_takes_its_turn_beside_a_long_file(
@@ -6368,13 +6365,15 @@ def hear(directory, device, compute_type, threads, runs, plain=hear):
 
 
 def test_gpu_that_hears_wrongly_is_not_used(server: Served, tmp_path: Path) -> None:
-    patch = made_up(tmp_path, DEAF + 'WRONG = len\nwhisper_server.GPU_TYPES = ("int8",)')
+    one_try = 'WRONG = len\nwhisper_server.GPU_TYPES = ("int8",)\n'
+    one_try += 'whisper_server.OVERRIDES = {"gfx1103": ("11.0.2",)}\n'
+    patch = made_up(tmp_path, DEAF + one_try)
     with serving(tmp_path, patch=patch) as served:
         assert heard_right(served)
         state = served.health()["models"]["base"]
         assert (state["device"], state["name"]) == ("cpu", "AMD Ryzen 7 7840HS w/ Radeon 780M Graphics")
         assert re.search(r"as int8 gives wrong results: its encoder is off by \d", state["why"])
-        assert len(re.findall("ERROR.*self-test: the Radeon 780M as .* wrong results", served.log())) == 2
+        assert len(re.findall("ERROR.*self-test: the Radeon 780M as .* wrong results", served.log())) == 1
         served.wait_for("ERROR +no GPU: the Radeon 780M as int8 gives wrong results")
         served.wait_for("loaded on cpu as int8 .*wrong results")
     with serving(tmp_path, patch=patch, DEVICE="gpu") as served:  # the same verdict, and no way out
