@@ -98,7 +98,7 @@ if [[ ${1-} == test ]]; then
   [[ -z ${!WHISPER_@} ]] || unset "${!WHISPER_@}" # the tests choose their own
   setup requirements.txt requirements-test.txt
   cd "$here"
-  exec "$venv/bin/python" -m pytest --numprocesses 2 "$@" # they mostly wait; 0 for a debugger
+  exec "$venv/bin/python" -m pytest --numprocesses 3 --dist worksteal "$@" # they mostly wait; 0 for a debugger
 fi
 
 [[ ! -f $here/.env ]] || load_env "$here/.env"

@@ -295,8 +295,8 @@ settings.load_profile("unhurried")
 # sound made from the clips
 # ------------------------------------------------------------------------------------------------
 
-HELLO = GREETING = Clip("en/hello_world")
-COUNTING = NUMBERS = Clip("en/counting")
+HELLO = Clip("en/hello_world")
+COUNTING = Clip("en/counting")
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 
 
@@ -470,14 +470,14 @@ def test_figures_of_segments_are_the_models_own(server: Served) -> None:
     """Near those of faster-whisper alone, whose windows are longer, and other ones for other sounds."""
     stock = WhisperModel(str(base_files()), device="cpu", compute_type="int8")
     told = []
-    for clip in (ENGLISH, JAPANESE, SPANISH, NUMBERS, GREETING):
+    for clip in (ENGLISH, JAPANESE, SPANISH):
         fields = {"language": clip.language, "response_format": "verbose_json"}
         ours = server.post(sound=clip.bytes, **fields).json()["segments"][0]
         alone = next(iter(stock.transcribe(io.BytesIO(clip.bytes), language=clip.language)[0]))
         assert ours["avg_logprob"] == pytest.approx(alone.avg_logprob, abs=0.35)
         assert ours["no_speech_prob"] == pytest.approx(alone.no_speech_prob, abs=0.2)
         told.append((ours["avg_logprob"], ours["no_speech_prob"]))
-    assert all(len(set(column)) == 5 for column in zip(*told, strict=True))
+    assert all(len(set(column)) == 3 for column in zip(*told, strict=True))
     assert max(told)[0] - min(told)[0] > 0.36
 
 
@@ -1168,9 +1168,8 @@ def test_prompt_has_no_tokens_of_control(engine: Engine) -> None:
 
 
 def test_call_that_the_model_refuses_spoils_no_other() -> None:
-    owner = Owner(None, 4, lambda step, seconds: None)
-    owner.said = lambda calls: [1 // call.key for call in calls]  # type: ignore[attr-defined]
-    calls = [Call(Recording(n, Options(), io.BytesIO()), "said", n, (), {}) for n in (1, 0, 1)]
+    owner = Owner(types.SimpleNamespace(said=lambda n: 1 // n), 4, lambda step, seconds: None)
+    calls = [Call(Recording(n, Options(), io.BytesIO()), "said", None, (n,), {}) for n in (1, 0, 1)]
     one, bad, other = owner.answers(calls)
     assert one == other == 1 and isinstance(bad, ZeroDivisionError)
 
@@ -1250,7 +1249,7 @@ def test_loud_channels_that_say_the_same_are_not_cut_off(channels: int) -> None:
 
 
 def test_windows_in_a_batch_are_heard_as_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = sorted(SAMPLES.glob("*/*.wav"))[::2]
+    names = [name for name in sorted(SAMPLES.glob("*/*.wav"))[::2] if name.stem != "witaj_swiecie"]  # sampled
     sounds = [(samples_of(Clip(f"{name.parent.name}/{name.stem}")), name.parent.name) for name in names]
 
     def hear(number: int) -> list[Segment]:
@@ -1281,13 +1280,15 @@ def test_a_short_clip_takes_its_turn_beside_a_long_file(
 ) -> None:
     """Windows of a long file wait for the model; the clip that comes later passes most of them."""
     heard = Heard(engine, monkeypatch)
+    monkeypatch.setattr(engine.owner, "batch_size", 4)
+    monkeypatch.setattr(whisper_server, "SHARED_WINDOWS", 2)
     long = Recording(1, Options(language="en"), io.BytesIO())
     long.language.set_result("en")
     sound = np.concatenate((samples_of(ENGLISH), samples_of(COUNTING)))  # too long to share the clip's batch
     [window] = next(cut_windows([sound], True))
     engine.owner.enter(long)
-    with ThreadPoolExecutor(34) as pool:
-        waiting = [pool.submit(engine.transcribe, long, window) for _ in range(34)]
+    with ThreadPoolExecutor(16) as pool:
+        waiting = [pool.submit(engine.transcribe, long, window) for _ in range(16)]
         assert in_time(lambda: len(heard.batches) >= 2, 120)
         begun = len(heard.batches)
         assert_heard("".join(s.text for s in transcribed(engine, samples_of(HELLO), 2, language="en")), HELLO)
@@ -1295,7 +1296,7 @@ def test_a_short_clip_takes_its_turn_beside_a_long_file(
         for one in waiting:
             assert "lazy dog" in bare("".join(segment.text for segment in one.result()))
     engine.owner.leave(long)
-    assert after <= 3 * SHARED_WINDOWS  # a few turns of one lane, not the eighteen that were waiting
+    assert after <= 3 * 2  # a few turns of one lane, not the eight that were waiting
 
 
 def turns(owner: Owner, works: list[Recording], rounds: int, keys: str) -> list[list[int]]:
@@ -1521,15 +1522,6 @@ def test_reason_of_a_failed_fetch_is_told_while_it_is_tried_again() -> None:
     worker._receive("state", {"state": "not loaded"})
     worker._receive("state", {"state": "fetching", **begun})
     assert "it has just begun" in whisper_server.still_fetching(worker).message
-
-
-def test_benchmark_runs_with_its_own_clips() -> None:
-    command = [sys.executable, str(HERE / "benchmark.py"), "--parts", "long,overhead", "--repeats", "1"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    told = json.loads(ended.stdout)
-    assert told["clips"] == told["short"] == len(CLIPS) and "--manifest" in told["long file"]
-    assert told["overhead on a 3 s clip, ms"]["median"] > 0
 
 
 def test_model_in_a_directory_is_used(server: Served, tmp_path: Path, cut_off: dict[str, str]) -> None:
@@ -4008,16 +4000,16 @@ def test_long_file_tells_how_far_it_is(tmp_path: Path) -> None:
 def test_windows_that_are_encoded_count_by_half(tmp_path: Path) -> None:
     patch = """
     real = whisper_server.Owner.generate
-    def slowly(self, calls):
-        time.sleep(3)
-        whisper_server.log.info("decoded")
+    def held(self, calls):
+        while not whisper_server.Path(__file__).with_name("open").exists():
+            time.sleep(0.02)
         return real(self, calls)
-    whisper_server.Owner.generate = slowly
+    whisper_server.Owner.generate = held
     """
     with serving(tmp_path, patch=patch) as served:
-        with asking(served, sound=sound(*[NUMBERS, 0.5] * 6), language="en") as (answer,):
-            done = in_time(lambda: (work := served.health()["work"]) and work[0]["seconds_done"])
-            assert "decoded" not in served.log() and done > 1
+        with asking(served, sound=sound(*[COUNTING, 0.5] * 3), language="en") as (answer,):
+            assert in_time(lambda: (work := served.health()["work"]) and work[0]["seconds_done"]) > 1
+            (tmp_path / "open").touch()
         assert answer.result().status_code == 200
 
 
@@ -4053,11 +4045,18 @@ def test_a_fault_in_the_progress_does_not_end_the_server(tmp_path: Path) -> None
 
 
 def test_log_is_never_silent_for_ten_seconds(tmp_path: Path) -> None:
-    assert whisper_server.PROGRESS_SECONDS <= 9  # it is looked at twice a second
-    patch = WORDY + "whisper_server.PROGRESS_SECONDS, SECONDS = 1, 5"
-    with serving(tmp_path, patch=patch, VAD="0") as served, asking(served, sound=SHORT) as (answer,):
-        served.wait_for("request 1: waits for its first words, [12] s so far")
+    assert whisper_server.PROGRESS_SECONDS + 1 <= 10  # it is looked after twice a second
+    patch = WORDY + "whisper_server.PROGRESS_SECONDS = 2\n"
+    with (
+        serving(tmp_path, patch=patch, VAD="0") as served,
+        asking(served, sound=SHORT, prompt="wait") as (answer,),
+    ):
+        served.wait_for("window of request 1")
+        line = r"request 1: waits for its first words, \d+ s so far"
+        in_time(lambda: len(re.findall(line, served.log())) >= 2)
         assert not answer.done()
+        (tmp_path / "open").touch()
+        assert answer.result().status_code == 200
 
 
 @pytest.mark.parametrize("state", ["testing the GPU", "loading"])
@@ -4566,27 +4565,38 @@ def test_what_is_said_is_not_in_the_log(tmp_path: Path) -> None:
 # process: what dies, hangs, leaves or runs out, and the next good request
 # ------------------------------------------------------------------------------------------------
 
-# An engine that hears a word a second, for faults that need no model. Prompts make it misbehave.
+# An engine that hears a word a second, for faults that need no model. Prompts make it misbehave; the prompt
+# "wait" holds a request back until the test makes the file `open` beside the program.
 WORDY = """
 import os, signal
+OPEN = whisper_server.Path(__file__).with_name("open")
 
 class Wordy:
     batch_size = 2
     def __init__(self, directory, settings, device, busy):
+        if BADLY == "load" and device.device == "gpu":
+            os.kill(os.getpid(), signal.SIGSEGV)
+            time.sleep(9)  # until it arrives
         self.device = device.device
         self.owner = whisper_server.Owner(None, 2, busy)
     def check_language(self, code):
         pass
     def transcribe(self, work, window):
         whisper_server.log.info("window of request %d", work.id)
-        if work.options.prompt == "die" or (BADLY and self.device == "gpu"):
+        if work.options.prompt == "die" or (BADLY == "model" and self.device == "gpu"):
             self.owner.busy(whisper_server.Step("lane"), 60)
             os.kill(os.getpid(), signal.SIGSEGV)
             time.sleep(9)  # until it arrives
         if work.options.prompt == "hang":
             os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(9)  # or this thread may end its window before another one takes the signal
         if work.options.prompt == "fail":
             raise RuntimeError("on purpose")
+        if work.options.prompt == "wait":
+            self.owner.busy(whisper_server.Step("lane"), 600)  # this is no hang
+            while not OPEN.exists():
+                time.sleep(0.02)
+            self.owner.busy(whisper_server.Step("lane"), 0)
         time.sleep(SECONDS)
         if not work.language.done():
             work.language.set_result("en")
@@ -4598,10 +4608,12 @@ def choose(settings, directory, given_up, busy, retest):
     return whisper_server.Device(device, "made up", "int8", why=given_up)
 
 def every_12_s(samples, longest):  # so that it is known how many windows there are
+    if BADLY == "decoder" and len(samples) == 32000:
+        os.abort()
     return [(at, min(at + longest, len(samples))) for at in range(0, len(samples), longest)]
 
 whisper_server.quiet_cuts = every_12_s
-BADLY, SECONDS = False, 0.0
+BADLY, SECONDS = "", 0.0  # where a worker with a GPU dies
 whisper_server.Engine, whisper_server.choose_device = Wordy, choose
 whisper_server.locate_model = lambda model: whisper_server.Path("/")
 """
@@ -4670,8 +4682,9 @@ def kept_uploads(served: Served) -> list[str]:
 @contextlib.contextmanager
 def asking(served: Served, count: int = 1, **fields: Any) -> Iterator[list[Any]]:
     """Requests under way; their answers, as soon as `.result()` is called."""
-    with ThreadPoolExecutor(count) as pool:
-        yield [pool.submit(served.post, **fields) for _ in range(count)]
+    pool = ThreadPoolExecutor(count)
+    yield [pool.submit(served.post, **fields) for _ in range(count)]
+    pool.shutdown()  # not after a failure, for a request may never be answered then
 
 
 def words(served: Served, **fields: Any) -> int:
@@ -4777,33 +4790,32 @@ def test_request_that_kills_again_and_again_spares_the_one_beside_it(tmp_path: P
 
 def test_request_that_waits_for_a_slow_load_on_a_gpu_is_no_hang(tmp_path: Path) -> None:
     slow = """
-whisper_server.STEP_SECONDS, begun = 3 if __name__ == "__main__" else 10, Wordy.__init__
+begun, look, loading = Wordy.__init__, whisper_server.Worker.tick, OPEN.with_name("loading")
 def __init__(self, *arguments):
-    time.sleep(7)
+    loading.touch()
+    while not OPEN.exists():
+        time.sleep(0.02)
     begun(self, *arguments)
-Wordy.__init__, whisper_server.gpu_in_sight = __init__, lambda: True
+def tick(self):  # a busy machine may take its time for all but this load
+    if loading.exists() and not OPEN.exists():
+        look(self)
+        whisper_server.log.info("looked")
+whisper_server.STEP_SECONDS = 0.5 if __name__ == "__main__" else 60
+Wordy.__init__, whisper_server.Worker.tick, whisper_server.gpu_in_sight = __init__, tick, lambda: True
 """
     with serving(tmp_path, patch=WORDY + slow, VAD="0") as served:
-        assert words(served) == 1 and "hangs" not in served.log() and "died" not in served.log()
-
-
-def test_deaths_outside_the_model_are_no_fault_of_the_gpu() -> None:
-    kinds = {"lane": True, "load": True, "gpu": True, "decode": False, "arrival": False}
-    for kind, given_up in kinds.items():
-        worker = whisper_server.Worker(Settings(deployments={}), "base", whisper_server.Metrics())
-        for _ in range(2):
-            worker.pipe, _ = socket.socketpair()
-            worker.state = {"state": "ready", "device": "gpu"}
-            worker.steps = {whisper_server.Step(kind): math.inf}
-            worker._died(-11)
-        assert bool(worker.given_up) == given_up, kind
+        with asking(served, sound=SHORT) as (answer,):
+            in_time(lambda: served.log().count("looked") >= 4)  # at least 1.5 s
+            (tmp_path / "open").touch()
+            assert answer.result().status_code == 200
+        assert "hangs" not in served.log() and "died" not in served.log()
 
 
 def test_client_that_leaves_takes_what_waits_for_the_model_along(tmp_path: Path) -> None:
     patch = """
 class Slow:
     def slow(self):
-        time.sleep(1)
+        time.sleep(0.3)
         whisper_server.log.info("slow call")
 def transcribe(self, work, window):
     self.owner.model = Slow()
@@ -4817,7 +4829,7 @@ spoken, Wordy.transcribe = Wordy.transcribe, transcribe
             in_time(lambda: served.log().count("slow call") >= 2)  # the language is known, and all are asked
         served.wait_for("request 1: dropped")
         begun = served.log().count("slow call")
-        time.sleep(3.5)
+        time.sleep(1.2)  # for four of them
         assert served.log().count("slow call") <= begun + 1  # the one that was in the model
 
 
@@ -4852,41 +4864,32 @@ multiprocessing.context.SpawnProcess.start = refuse
         assert "Traceback" not in served.log()
 
 
-def test_worker_in_a_step_is_not_idle() -> None:
+def test_worker_in_a_step_is_not_idle(tmp_path: Path) -> None:
     """A model that is loaded or tested for longer than WHISPER_IDLE_SECONDS, with nobody waiting for it."""
-
-    class Process:
-        ended = 0
-
-        def kill(self) -> None:
-            self.ended += 1
-
-        def join(self, seconds: float) -> None:
-            pass
-
-    worker = whisper_server.Worker(Settings(deployments={}, idle_seconds=5), "base", whisper_server.Metrics())
-    worker.process, worker.pipe = process, _ = Process(), socket.socket()
-    worker.idle_since = time.monotonic() - 100
-    worker._receive("busy", whisper_server.Step("load"), 1000)
-    worker.tick()
-    assert process.ended == 0
-    worker._receive("state", {"state": "ready"})
-    worker._receive("busy", whisper_server.Step("load"), 0)
-    worker.tick()  # idle only since it was ready
-    assert process.ended == 0
-    worker.idle_since = time.monotonic() - 100
-    worker.tick()
-    assert process.ended == 1 and worker.process is None
+    patch = """
+def slowly(self, *arguments):
+    whisper_server.log.info("loads")
+    time.sleep(2.5)
+    begun(self, *arguments)
+begun, Wordy.__init__ = Wordy.__init__, slowly
+"""
+    with serving(tmp_path, patch=WORDY + patch, PRELOAD="1", IDLE_SECONDS="1") as served:
+        served.wait_for("idle for 1 s; ending the worker")
+        found = [re.search(rf"(.+?) INFO .*{event}", served.log()) for event in ("loaded on", "idle for")]
+        loaded, ended = (np.datetime64(line[1].replace(",", ".")) for line in found if line)
+        assert ended - loaded >= np.timedelta64(1, "s")  # idle only since it was ready
 
 
-def test_deaths_on_the_gpu_lead_to_the_cpu(tmp_path: Path) -> None:
-    with serving(tmp_path, patch=WORDY + "BADLY = True", VAD="0") as served:
-        assert served.post(sound=SHORT).status_code == 500
-        assert words(served) == 1
-        state = served.health()["models"]["base"]
-        assert (state["device"], state["why"]) == ("cpu", "2 deaths on the GPU")
+@pytest.mark.parametrize("where", ["model", "load", "decoder"])
+def test_deaths_on_the_gpu_lead_to_the_cpu_and_no_others(tmp_path: Path, where: str) -> None:
+    patch = f"BADLY = {where!r}\nwhisper_server.gpu_in_sight = lambda: True\n"  # so that it is loaded first
+    with serving(tmp_path, patch=WORDY + patch, VAD="0") as served:
+        assert served.post(sound=noise(2)).status_code == 500
         assert served.log().count("the worker died (") == 2
-        assert "using the CPU from now on" in served.log()
+        assert words(served) == 1 and served.log().count("the worker died (") == 2
+        state = served.health()["models"]["base"]
+        left = (state["device"], state.get("why"), "using the CPU from now on" in served.log())
+        assert left == (("gpu", None, False) if where == "decoder" else ("cpu", "2 deaths on the GPU", True))
 
 
 def test_failure_of_one_request_is_its_own(tmp_path: Path) -> None:
@@ -5005,13 +5008,34 @@ def test_kubernetes_startup_waits_for_the_model(server: Served, tmp_path: Path) 
 
 # -- hangs -----------------------------------------------------------------------------------------
 
-# The parent alone: its child imports libraries within a step, which may take seconds on a busy machine.
+# The parent alone, and only once its child stands still: one that is slow on a busy machine does not hang.
 IMPATIENT = (
     WORDY
     + """
-whisper_server.STEP_SECONDS, whisper_server.LOAD_SECONDS = 4 if __name__ == "__main__" else 10, 5
+def stands_still(process):
+    try:
+        stat = whisper_server.Path(f"/proc/{process.pid}/stat").read_text()
+        return stat.rsplit(")", 1)[1].split()[0] == "T"
+    except OSError:
+        return False
+
+def look(self):
+    process = self.process
+    if process and (process is self.killed or stands_still(process)):
+        tick(self)
+
+tick, whisper_server.Worker.tick = whisper_server.Worker.tick, look
+whisper_server.STEP_SECONDS = 0.5 if __name__ == "__main__" else 60
 """
 )
+
+# For hangs that are the child's own: a step of it is short from the first one on, its libraries being here
+BRISK = """
+STEP = 3
+if __name__ != "__main__":
+    list(whisper_server.decode(whisper_server.io.BytesIO(whisper_server.tone(1)), 60))
+    whisper_server.STEP_SECONDS = STEP
+"""
 
 
 def test_worker_that_hangs_is_ended_and_its_request_done_again(tmp_path: Path) -> None:
@@ -5021,11 +5045,7 @@ def test_worker_that_hangs_is_ended_and_its_request_done_again(tmp_path: Path) -
         os.kill(first, signal.SIGSTOP)
         assert words(served) == 1
         assert "hangs; ending it" in served.log() and gone(first) and served.child() != first
-
-
-def test_request_that_hangs_the_worker_gets_500(tmp_path: Path) -> None:
-    with serving(tmp_path, patch=IMPATIENT, VAD="0") as served:
-        assert served.post(sound=SHORT, prompt="hang").status_code == 500
+        assert served.post(sound=SHORT, prompt="hang").status_code == 500  # it hangs the worker itself
         assert words(served) == 1
 
 
@@ -5042,14 +5062,17 @@ whisper_server.fetch_model = lambda model, offline, progress: whisper_server.Pat
 
 
 def test_health_answers_while_a_hung_worker_reads_nothing(tmp_path: Path) -> None:
-    with serving(tmp_path, patch=IMPATIENT.replace("= 4 if", "= 10 if"), VAD="0") as served:
+    held = "\nsoon = whisper_server.Worker.tick\n"
+    held += "whisper_server.Worker.tick = lambda self: soon(self) if OPEN.exists() else None\n"
+    with serving(tmp_path, patch=IMPATIENT + held, VAD="0") as served:
         assert words(served) == 1
         os.kill(worker_of(served), signal.SIGSTOP)
         with asking(served, 16, sound=SHORT, prompt="x" * 60_000) as answers:  # more than a pipe holds
             in_time(lambda: served.health()["requests"]["in_work"] >= 16)
-            time.sleep(1)
-            assert httpx.get(served.url + "/health", timeout=60).status_code == 200
+            time.sleep(0.5)
+            assert httpx.get(served.url + "/health", timeout=30).status_code == 200
             assert "hangs; ending it" not in served.log()  # it did not wait until that was over
+            (tmp_path / "open").touch()
             assert [answer.result().status_code for answer in answers] == [200] * 16
 
 
@@ -5062,31 +5085,35 @@ def flac_with_tags(count: int, seconds: int = 1) -> bytes:
 
 
 def test_file_that_hangs_ffmpeg_is_refused_and_costs_nobody_else_anything(tmp_path: Path) -> None:
-    patch = WORDY.replace("SECONDS = False, 0.0", "SECONDS = False, 0.8") + "whisper_server.STEP_SECONDS = 5"
+    patch = WORDY + BRISK + "whisper_server.MOST_TRIES = 2\n"
     tagged = flac_with_tags(300_000)  # 20 minutes
-    with serving(tmp_path, patch=patch, VAD="0") as served, asking(served, 2, sound=noise(600)) as others:
-        served.wait_for("window of request")
-        for _ in range(2):  # an innocent request may be hit more often than it may have tries
+    with (
+        serving(tmp_path, patch=patch, VAD="0") as served,
+        asking(served, 2, sound=noise(120), prompt="wait") as others,
+    ):
+        in_time(lambda: len(set(re.findall(r"window of (request \d+)", served.log()))) == 2)
+        for _ in range(2):  # an innocent request may be hit as often as it may have tries
             answer = served.post(sound=tagged)
-            assert answer.status_code == 400 and "not understood within 5 s" in answer.text, answer.text
+            assert answer.status_code == 400 and "not understood within" in answer.text, answer.text
         with asking(served, 3, sound=SHORT) as clips:  # not after the long ones
             assert [clip.result().status_code for clip in clips] == [200] * 3
             assert not any(other.done() for other in others)
+        (tmp_path / "open").touch()
         for other in others:
-            assert other.result().status_code == 200 and other.result().text.count("word") == 50
+            assert other.result().status_code == 200 and other.result().text.count("word") == 10
         assert served.log().count("hangs; ending it") == 2 == served.log().count("the worker died (")
         assert words(served) == 1 and in_time(lambda: not kept_uploads(served))
 
 
 def test_client_that_leaves_a_file_that_hangs_ffmpeg_leaves_no_work_behind(tmp_path: Path) -> None:
     patch = """
-whisper_server.STEP_SECONDS, begin = 4, whisper_server.Sound.begin_step
+begin = whisper_server.Sound.begin_step
 def begin_step(self):
     begin(self)
     whisper_server.log.info("step of request %d", self.step.number)
 whisper_server.Sound.begin_step = begin_step
 """
-    with serving(tmp_path, patch=WORDY + patch, VAD="0") as served:
+    with serving(tmp_path, patch=WORDY + BRISK + patch, VAD="0") as served:
         assert words(served) == 1
         with connect(served) as connection:
             connection.sendall(post_of(form_of(part_of("file", flac_with_tags(300_000), "a.flac"))))
@@ -5098,9 +5125,8 @@ whisper_server.Sound.begin_step = begin_step
 
 
 def test_model_that_hangs_is_noticed_while_new_requests_keep_coming(tmp_path: Path) -> None:
-    stall = f"""
-import pathlib
-whisper_server.STEP_SECONDS, hung = 4, pathlib.Path({str(tmp_path / "hung")!r})
+    stall = """
+STEP, hung = 1, OPEN.with_name("hung")  # which ends after two steps, since it has one call
 def transcribe(self, work, window):
     if work.options.prompt == "stall" and not hung.exists():
         hung.touch()
@@ -5108,13 +5134,17 @@ def transcribe(self, work, window):
         self.owner.model = time
         self.owner.ask(work, "sleep", None, 1000)
     return spoken(self, work, window)
+def tick(self):  # nothing but this hang ends the worker, however slow the machine
+    if hung.exists() and not self.killed:
+        look(self)
 spoken, Wordy.transcribe = Wordy.transcribe, transcribe
+look, whisper_server.Worker.tick = whisper_server.Worker.tick, tick
 """
     with (
-        serving(tmp_path, patch=WORDY + stall, VAD="0") as served,
+        serving(tmp_path, patch=WORDY + BRISK.replace("STEP = 3", stall), VAD="0") as served,
         asking(served, 1, sound=SHORT, prompt="stall") as hung,
     ):
-        end = time.monotonic() + 30
+        end = time.monotonic() + 60
         while "hangs; ending it" not in served.log():
             assert time.monotonic() < end
             assert words(served) == 1  # each of them a sign of life
@@ -5137,40 +5167,53 @@ def counted(samples, vad):
     with listening:
         now[0] += 1
     whisper_server.log.info("at once: %d, %d s", now[0], len(samples) // 16000)
-    time.sleep(0.1)
+    while not OPEN.exists():
+        time.sleep(0.02)
     with listening:
         now[0] -= 1
     return []
 whisper_server.find_speech = counted
 """
     )
-    long = encoded(rest(1800), "flac", "flac", 8000)  # 115 MB of samples
+    long = encoded(rest(600), "flac", "flac", 8000)  # 38 MB of samples
     with serving(tmp_path, patch=patch) as served:
         assert served.post(sound=SHORT).status_code == 200
         status = Path(f"/proc/{served.child()}/status")
         before = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
-        with asking(served, 8, sound=long) as answers:
+        with asking(served, 4, sound=long) as answers:
             in_time(lambda: re.search(r"at once: 2, 1[2-9]\d s", served.log()))
             assert served.post(sound=SHORT).status_code == 200
-            assert not all(answer.done() for answer in answers)
-            assert [answer.result().status_code for answer in answers] == [200] * 8
+            assert not any(answer.done() for answer in answers)
+            (tmp_path / "open").touch()
+            assert [answer.result().status_code for answer in answers] == [200] * 4
         at_once = [int(n) for n in re.findall(r"at once: (\d+), 1[2-9]\d s", served.log())]
-        assert max(at_once) == 2 and len(at_once) > 8 * 10
+        assert max(at_once) == 2 and len(at_once) >= 4 * 4
         grown = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) - before
-        assert grown < 160_000, grown  # kB; the samples of all are 920 MB
+        assert grown < 120_000, grown  # kB, for two at a time; the samples of all are 154 MB
 
 
 # -- clients that leave, too many of them ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("stream", ["false", "true"])
-def test_client_leaves_and_its_windows_are_dropped(tmp_path: Path, stream: str) -> None:
-    """Also while segments come faster than the handler looks for its client, which once hid the leaving."""
+@pytest.mark.parametrize(
+    ("stream", "more"),
+    [
+        ("false", b""),
+        ("true", b""),  # segments come faster than the handler looks for its client, which hid the leaving
+        ("false", b"\r\n"),  # what it sends after its request is no leaving, and hides none
+        ("false", b"GET /health HTTP/1.1\r\n"),
+    ],
+)
+def test_client_leaves_and_its_windows_are_dropped(tmp_path: Path, stream: str, more: bytes) -> None:
     with serving(tmp_path, patch=WORDY + "SECONDS = 0.2", VAD="0") as served:
         body = form_of(part_of("stream", stream.encode()), part_of("file", noise(600), "a.wav"))  # 50 windows
         with connect(served) as connection:
             connection.sendall(post_of(body))
             served.wait_for("window of request 1")
+            if more:
+                connection.sendall(more)
+                time.sleep(2 * whisper_server.POLL_SECONDS)
+                assert "dropped" not in served.log()  # it still waits
         with asking(served, 2, sound=SHORT) as others:
             served.wait_for("request 1: dropped")
             assert [answer.result().status_code for answer in others] == [200, 200]
@@ -5179,20 +5222,6 @@ def test_client_leaves_and_its_windows_are_dropped(tmp_path: Path, stream: str) 
         time.sleep(0.5)
         assert served.log().count("window of request 1\n") == begun < 45
         in_time(lambda: not kept_uploads(served))
-
-
-@pytest.mark.parametrize("more", [b"\r\n", b"GET /health HTTP/1.1\r\n"])
-def test_client_that_sent_more_and_left_has_left(tmp_path: Path, more: bytes) -> None:
-    with serving(tmp_path, patch=WORDY + "SECONDS = 0.5", VAD="0") as served:
-        with connect(served) as connection:
-            connection.sendall(post_of(form_of(part_of("file", noise(600), "a.wav"))))
-            served.wait_for("window of request 1")
-            connection.sendall(more)
-            time.sleep(1)
-            assert "dropped" not in served.log()  # it still waits
-        served.wait_for("request 1: dropped")
-        in_time(lambda: served.health()["requests"]["in_work"] == 0)
-        assert served.log().count("window of request 1\n") < 45
 
 
 def test_job_whose_file_cannot_be_passed_is_503_and_stops_nobody(tmp_path: Path) -> None:
@@ -5246,18 +5275,10 @@ def test_client_leaves_while_it_uploads(server: Served) -> None:
 
 
 def test_full_queue_answers_before_the_upload_and_health_always(tmp_path: Path) -> None:
-    patch = f"""
-gate, spoken = whisper_server.Path({str(tmp_path / "open")!r}), Wordy.transcribe
-def transcribe(self, work, window):
-    while work.id > 1 and not gate.exists():
-        time.sleep(0.05)
-    return spoken(self, work, window)
-Wordy.transcribe = transcribe
-"""
-    with serving(tmp_path, patch=WORDY + patch, MAX_QUEUE="20", VAD="0") as served:
+    with serving(tmp_path, patch=WORDY, MAX_QUEUE="20", VAD="0") as served:
         assert words(served) == 1
         in_time(lambda: served.health()["requests"]["in_work"] == 0)
-        with asking(served, 20, sound=SHORT) as answers:
+        with asking(served, 20, sound=SHORT, prompt="wait") as answers:
             in_time(lambda: served.health()["requests"]["in_work"] == 20)
             with connect(served) as connection:
                 connection.sendall(post_of(b"", "Expect: 100-continue", length=10_000_000))
@@ -5276,8 +5297,8 @@ Wordy.transcribe = transcribe
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_first_signal_lets_requests_finish_and_takes_no_new_ones(tmp_path: Path, number: int) -> None:
     with (
-        serving(tmp_path, patch=WORDY + "SECONDS = 5", VAD="0") as served,
-        asking(served, 2, sound=SHORT) as answers,
+        serving(tmp_path, patch=WORDY, VAD="0") as served,
+        asking(served, 2, sound=SHORT, prompt="wait") as answers,
     ):
         in_time(lambda: served.log().count("window of request") == 2)
         child = worker_of(served)
@@ -5287,6 +5308,7 @@ def test_first_signal_lets_requests_finish_and_takes_no_new_ones(tmp_path: Path,
         assert refused_now.status_code == 503 and refused_now.headers["connection"] == "close"
         health = served.http.get("/health")
         assert health.json()["status"] == "draining" and health.headers["retry-after"] == "5"
+        (tmp_path / "open").touch()
         assert [answer.result().status_code for answer in answers] == [200, 200]
         assert served.process.wait(10) == 0
         assert gone(child) and "Traceback" not in served.log()
@@ -5302,35 +5324,27 @@ def test_signal_without_requests_ends_at_once(tmp_path: Path) -> None:
         assert served.process.wait(10) == 0
 
 
-def test_grace_period_ends(tmp_path: Path) -> None:
-    patch = WORDY + "SECONDS = 60\nwhisper_server.GRACE_SECONDS = 1"
-    with serving(tmp_path, patch=patch, VAD="0") as served, connect(served) as connection:
-        connection.sendall(post_of(form_of()))
+ENDS: dict[str, tuple[list[int], int, str]] = {  # signals, exit code; a patch
+    "the grace period": ([signal.SIGTERM], 0, "whisper_server.GRACE_SECONDS = 1"),
+    "a second signal": ([signal.SIGTERM, signal.SIGTERM], 128 + signal.SIGTERM, ""),
+    "a death": ([signal.SIGKILL], -signal.SIGKILL, ""),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_request_that_would_not_end_holds_up_no_end_of_the_server(tmp_path: Path, end: str) -> None:
+    numbers, code, patch = ENDS[end]
+    form = form_of(part_of("prompt", b"wait"), part_of("file", SHORT, "a.wav"))
+    with serving(tmp_path, patch=WORDY + patch, VAD="0") as served, connect(served) as connection:
+        connection.sendall(post_of(form))
         served.wait_for("window of request")
-        child = worker_of(served)
-        served.process.send_signal(signal.SIGTERM)
-        assert served.process.wait(15) == 0 and gone(child)
-
-
-def test_second_signal_ends_at_once(tmp_path: Path) -> None:
-    with serving(tmp_path, patch=WORDY + "SECONDS = 60", VAD="0") as served, connect(served) as connection:
-        connection.sendall(post_of(form_of()))
-        served.wait_for("window of request")
-        child = worker_of(served)
-        served.process.send_signal(signal.SIGTERM)
-        served.wait_for("stopping")
-        served.process.send_signal(signal.SIGTERM)
-        assert served.process.wait(10) == 128 + signal.SIGTERM
-        in_time(lambda: gone(child))
-
-
-def test_death_of_the_server_leaves_no_worker(tmp_path: Path) -> None:
-    with serving(tmp_path, patch=WORDY + "SECONDS = 60", VAD="0") as served, connect(served) as connection:
-        connection.sendall(post_of(form_of()))
-        served.wait_for("window of request")
-        begun = [pid for pid in descended(served)]
+        begun = [*descended(served)]
         assert served.child() in begun
-        served.process.kill()
+        for number in numbers:
+            served.process.send_signal(number)
+            if number != signal.SIGKILL:
+                served.wait_for("stopping")
+        assert served.process.wait(15) == code
         in_time(lambda: all(gone(pid) for pid in begun))
 
 
@@ -5373,7 +5387,6 @@ if __name__ == "__main__" and os.getpid() != 1:  # not allowed here; a subreaper
 
 # -- devices and the doctor ------------------------------------------------------------------------
 
-XTX_IDS = "744C,\tC7,\tAMD Radeon RX 7900 XT\n744C,\tC8,\tAMD Radeon RX 7900 XTX\n"
 OFFICIAL = "gfx1030 gfx1100 gfx1101 gfx1102 gfx1150 gfx1151 gfx1200 gfx1201"  # CTranslate2's ROCm wheels
 
 
@@ -5392,6 +5405,16 @@ class Machine:
         place.write_bytes(text if isinstance(text, bytes) else text.encode())
         return place
 
+    def having(self, *paths: str, text: str = "") -> Machine:
+        for path in paths:
+            self.file(path, text)
+        return self
+
+    def lacking(self, *paths: str) -> Machine:
+        for path in paths:
+            (self.root / path).unlink()
+        return self
+
     def amd(self, node: int, version: int, simds: int, device: int, revision: str = "0xc1") -> Machine:
         """A GPU as the kernel shows it, and its device nodes."""
         nodes, minor = "sys/class/kfd/kfd/topology/nodes", 127 + node
@@ -5409,6 +5432,11 @@ class Machine:
 
     def radeon_780m(self) -> Machine:
         return self.amd(1, 110003, 24, 0x15BF)
+
+    def xtx(self, node: int) -> Machine:
+        names = "744C,\tC7,\tAMD Radeon RX 7900 XT\n744C,\tC8,\tAMD Radeon RX 7900 XTX\n"
+        self.file("usr/share/libdrm/amdgpu.ids", names)
+        return self.amd(node, 110000, 192, 0x744C, "0xc8")
 
     def rocm(self, ours: str = OFFICIAL, rocblas: str = OFFICIAL) -> Machine:
         """AMD's build of CTranslate2 and rocBLAS, with code for these targets."""
@@ -5447,18 +5475,81 @@ def looked(asked_for: bool = False) -> tuple[whisper_server.Gpu | None, str]:
     return gpu, "\n".join(f"{step.text} | {step.cure}" for step in steps)
 
 
-APU = {"CT2_CUDA_ALLOCATOR": "cub_caching", "HSA_ENABLE_SDMA": "0"}
+OVERRIDE, CUB = "HSA_OVERRIDE_GFX_VERSION", {"CT2_CUDA_ALLOCATOR": "cub_caching"}
+APU = CUB | {"HSA_ENABLE_SDMA": "0"}
 
 
-def test_780m_runs_as_gfx1102_then_as_gfx1100(machine: Machine) -> None:
-    gpu, said = looked() if machine.radeon_780m().rocm() else (None, "")
-    assert gpu and (gpu.name, gpu.gfx) == ("Radeon 780M", "gfx1103")
-    versions = ("11.0.2", "11.0.0")
-    assert gpu.environments == tuple(APU | {"HSA_OVERRIDE_GFX_VERSION": one} for one in versions)
-    assert "gfx1103, 24 SIMDs, shares the machine's memory" in said
-    assert "amdgpu.cwsr_enable=1" in said and "boot with amdgpu.cwsr_enable=0" in said
-    machine.file("sys/module/amdgpu/parameters/cwsr_enable", "0\n")
-    assert "boot with" not in looked()[1]
+def overridden(**fixed: str) -> list[dict[str, str]]:
+    """The environments in which a 780M is tried."""
+    return [fixed | {OVERRIDE: version} for version in ("11.0.2", "11.0.0")]
+
+
+@dataclasses.dataclass
+class Sight:
+    """How a machine is built, the GPU that is found (name, target, environments), what is said on the way."""
+
+    build: Callable[[Machine], Machine]
+    found: tuple[str, str, list[dict[str, str]]] | None = None
+    said: Sequence[str] = ()
+    unsaid: Sequence[str] = ()
+    user: dict[str, str] = dataclasses.field(default_factory=dict)  # what the user has set
+    asked_for: bool = False
+
+
+DXG, LIBRARY, CWSR = "dev/dxg", "opt/rocm/lib/librocdxg.so", "sys/module/amdgpu/parameters/cwsr_enable"
+M780, XTX = ("Radeon 780M", "gfx1103"), ("AMD Radeon RX 7900 XTX", "gfx1100")
+L4: tuple[str, str, list[dict[str, str]]] = ("NVIDIA L4", "", [{}])
+USUAL = (*M780, overridden(**APU))
+SIGHTS = {
+    "780M": Sight(lambda m: m.radeon_780m().rocm(), USUAL, [
+        "24 SIMDs, shares the machine's memory", "cwsr_enable=1", "boot with amdgpu.cwsr_enable=0"]),
+    "780M, booted so": Sight(
+        lambda m: m.radeon_780m().rocm().having(CWSR, text="0\n"), USUAL, unsaid=["boot with"]),
+    "780M, override of the user": Sight(lambda m: m.radeon_780m().rocm(), (*M780, [APU]), [
+        "11.0.1, as the environment says"], user={OVERRIDE: "11.0.1"}),
+    "780M, the rest of the user": Sight(lambda m: m.radeon_780m().rocm(), (*M780, overridden()), user={
+        OVERRIDE: "", "HSA_ENABLE_SDMA": "1", "CT2_CUDA_ALLOCATOR": "x"}),  # "": as compose passes on .env
+    "780M, PyPI's CTranslate2": Sight(lambda m: m.radeon_780m().pypi(), said=["no ROCm", "whisper-rocm"]),
+    "7900 XTX": Sight(lambda m: m.xtx(1).rocm(), (*XTX, [CUB]), unsaid=["memory", "cwsr"]),
+    "the stronger of two": Sight(
+        lambda m: m.radeon_780m().xtx(2).rocm(), (*XTX, [CUB | {"ROCR_VISIBLE_DEVICES": "1"}])),
+    "the chosen of two": Sight(
+        lambda m: m.radeon_780m().xtx(2).rocm(), USUAL, user={"HIP_VISIBLE_DEVICES": "0"}),
+    "WSL2": Sight(lambda m: m.rocm().having(DXG), said=["does not officially support the Radeon 780M"]),
+    "WSL2 asked for, without librocdxg": Sight(lambda m: m.rocm().having(DXG), asked_for=True),
+    "WSL2 not asked for": Sight(lambda m: m.rocm().having(DXG, LIBRARY)),
+    "WSL2 asked for": Sight(lambda m: m.rocm().having(DXG, LIBRARY), (
+        *M780, overridden(**APU, HSA_ENABLE_DXG_DETECTION="1")), asked_for=True),
+    "NVIDIA": Sight(lambda m: m.nvidia().pypi(), L4),
+    "both, PyPI's CTranslate2": Sight(lambda m: m.nvidia().radeon_780m().pypi(), L4),
+    "both, AMD's CTranslate2": Sight(lambda m: m.nvidia().radeon_780m().rocm(), USUAL),
+    "NVIDIA under WSL2": Sight(
+        lambda m: m.pypi().having(DXG, "usr/lib/wsl/lib/libcuda.so.1"), ("NVIDIA GPU under WSL2", "", [{}])),
+    "nothing": Sight(lambda m: m, said=["there is neither AMD's /dev/kfd nor NVIDIA's driver"]),
+    "AMD without driver": Sight(
+        lambda m: m.having("sys/class/drm/card0/device/vendor", text="0x1002"), said=["but no /dev/kfd"]),
+    "driver without GPU": Sight(lambda m: m.having("dev/kfd"), said=["no GPU below /sys/class/kfd"]),
+    # A container sees the host's /sys, but only the devices it was given; all that is in the way is told
+    "no render node": Sight(lambda m: m.radeon_780m().rocm().lacking("dev/dri/renderD128"), said=[
+        "/dev/dri/renderD128 cannot be opened: No such file", "--device"]),
+    "no device": Sight(lambda m: m.radeon_780m().pypi().lacking("dev/dri/renderD128", "dev/kfd"), said=[
+        "/dev/kfd cannot be opened: No such file", "/renderD128 cannot", "cwsr_enable", "has no ROCm"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
+def test_gpu_is_found_or_it_is_said_why_not(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, sight: str
+) -> None:
+    case = SIGHTS[sight]
+    case.build(machine)
+    for name, value in case.user.items():
+        monkeypatch.setenv(name, value)
+    gpu, said = looked(case.asked_for)
+    found = (gpu.name, gpu.gfx, [*gpu.environments]) if gpu else None
+    assert found == case.found
+    assert all(words in said for words in case.said), said
+    assert not any(words in said for words in case.unsaid), said
 
 
 @pytest.mark.parametrize(
@@ -5483,37 +5574,6 @@ def test_override_only_if_needed_and_installed(
     assert ("HIP_ARCHITECTURES" in said) == (not versions)
 
 
-def test_what_the_user_has_set_stays(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine.radeon_780m().rocm()
-    monkeypatch.setenv("HSA_OVERRIDE_GFX_VERSION", "11.0.1")
-    gpu, said = looked()
-    assert gpu and gpu.environments == (APU,) and "11.0.1, as the environment says" in said
-    monkeypatch.setenv("HSA_OVERRIDE_GFX_VERSION", "")  # as compose passes on what .env leaves empty
-    monkeypatch.setenv("HSA_ENABLE_SDMA", "1")
-    monkeypatch.setenv("CT2_CUDA_ALLOCATOR", "cuda_malloc_async")
-    gpu, _ = looked()
-    assert gpu and gpu.environments == tuple({"HSA_OVERRIDE_GFX_VERSION": v} for v in ("11.0.2", "11.0.0"))
-
-
-def test_7900_xtx_needs_no_override(machine: Machine) -> None:
-    machine.amd(1, 110000, 192, 0x744C, "0xc8").rocm().file("usr/share/libdrm/amdgpu.ids", XTX_IDS)
-    gpu, said = looked()
-    assert gpu and (gpu.name, gpu.gfx) == ("AMD Radeon RX 7900 XTX", "gfx1100")
-    assert gpu.environments == ({"CT2_CUDA_ALLOCATOR": "cub_caching"},)
-    assert "memory" not in said and "cwsr" not in said
-
-
-def test_the_stronger_of_two_is_used_and_the_other_is_hidden(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    machine.radeon_780m().amd(2, 110000, 192, 0x744C, "0xc8").rocm()
-    gpu, _ = looked()
-    assert gpu and (gpu.gfx, gpu.environments[0]["ROCR_VISIBLE_DEVICES"]) == ("gfx1100", "1")
-    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "0")
-    gpu, _ = looked()
-    assert gpu and gpu.gfx == "gfx1103" and "ROCR_VISIBLE_DEVICES" not in gpu.environments[0]
-
-
 @pytest.mark.parametrize(
     ("version", "gfx"), [(90010, "gfx90a"), (90402, "gfx942"), (100306, "gfx1036"), (120001, "gfx1201")]
 )
@@ -5521,62 +5581,6 @@ def test_gfx_targets_are_spelt_as_llvm_spells_them(machine: Machine, version: in
     machine.amd(1, version, 8, 0x1234).rocm(gfx, gfx)
     gpu, _ = looked()
     assert gpu and gpu.gfx == gfx
-
-
-def test_ctranslate2_of_pypi_has_no_rocm(machine: Machine) -> None:
-    gpu, said = looked() if machine.radeon_780m().pypi() else (None, "")
-    assert gpu is None and "has no ROCm" in said and "whisper-rocm" in said
-
-
-def test_wsl2_is_the_cpu_unless_asked(machine: Machine) -> None:
-    machine.rocm().file("dev/dxg")
-    gpu, said = looked()
-    assert gpu is None and "does not officially support the Radeon 780M" in said
-    assert looked(asked_for=True)[0] is None  # without librocdxg it cannot be
-    machine.file("opt/rocm/lib/librocdxg.so")
-    assert looked()[0] is None
-    gpu, _ = looked(asked_for=True)
-    assert gpu and gpu.gfx == "gfx1103"
-    assert [one["HSA_OVERRIDE_GFX_VERSION"] for one in gpu.environments] == ["11.0.2", "11.0.0"]
-    assert {one["HSA_ENABLE_DXG_DETECTION"] for one in gpu.environments} == {"1"}
-
-
-def test_nvidia(machine: Machine) -> None:
-    machine.nvidia().pypi()
-    assert looked()[0] == whisper_server.Gpu("NVIDIA L4")
-    machine.radeon_780m()  # beside it; this CTranslate2 can only use NVIDIA's
-    assert looked()[0] == whisper_server.Gpu("NVIDIA L4")
-    machine.rocm()  # and this one only AMD's
-    gpu, _ = looked()
-    assert gpu and gpu.name == "Radeon 780M"
-
-
-def test_nvidia_under_wsl2(machine: Machine) -> None:
-    machine.pypi().file("dev/dxg")
-    machine.file("usr/lib/wsl/lib/libcuda.so.1")
-    gpu, _ = looked()
-    assert gpu and "NVIDIA" in gpu.name
-
-
-def test_no_gpu(machine: Machine) -> None:
-    gpu, said = looked()
-    assert gpu is None and "there is neither AMD's /dev/kfd nor NVIDIA's driver" in said
-    machine.file("sys/class/drm/card0/device/vendor", "0x1002\n")
-    assert "a GPU of AMD, but no /dev/kfd" in looked()[1]
-    machine.file("dev/kfd")
-    assert "no GPU below /sys/class/kfd" in looked()[1]
-
-
-def test_devices_that_a_container_was_not_given(machine: Machine) -> None:
-    machine.radeon_780m().rocm()  # a container sees the host's /sys, but only the devices it was given
-    (machine.root / "dev/dri/renderD128").unlink()
-    gpu, said = looked()
-    assert gpu is None and "/dev/dri/renderD128 cannot be opened: No such file" in said and "--device" in said
-    (machine.root / "dev/kfd").unlink()
-    machine.pypi()
-    gpu, said = looked()  # all that is in the way is told at once
-    assert gpu is None and "/dev/kfd cannot be opened: No such file" in said and "/renderD128 cannot" in said
-    assert "cwsr_enable" in said and "has no ROCm" in said
 
 
 def test_devices_without_permission(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -5681,27 +5685,24 @@ def test_verdict_is_kept_until_something_changes(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(whisper_server, "try_gpu", tried)
     machine.radeon_780m().rocm()
-    model = tmp_path / "model"
-    weights = machine.file("model/model.bin", "weights")
-    assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")]
-    machine.rocm(OFFICIAL + " gfx90a")  # another build of CTranslate2, perhaps of the same version
-    assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")]
-    weights.write_text("other weights")
-    assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")]
-    machine.file("opt/rocm/.info/version", "7.2.2\n")
-    assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")]
-    machine.file("usr/lib64/rocblas/library/TensileLibrary_lazy_gfx1103.dat")
-    assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")]
-    for value in ("10.3.0", "11.0.2"):  # what the user sets counts by its value
-        monkeypatch.setenv("HSA_OVERRIDE_GFX_VERSION", value)
-        assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")]
-    monkeypatch.delenv("HSA_OVERRIDE_GFX_VERSION")
-    assert chosen() == (True, "gpu")
-    monkeypatch.setattr(whisper_server.platform, "release", lambda: "7.0.1")
-    assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")]
+    model, weights = tmp_path / "model", machine.file("model/model.bin", "weights")
+    kernel = "usr/lib64/rocblas/library/TensileLibrary_lazy_gfx1103.dat"
+    changes: list[Callable[[], Any]] = [
+        lambda: None,  # the first time
+        lambda: machine.rocm(OFFICIAL + " gfx90a"),  # another CTranslate2, perhaps of the same version
+        lambda: weights.write_text("other weights"),
+        lambda: machine.file("opt/rocm/.info/version", "7.2.2\n"),
+        lambda: machine.file(kernel),
+        lambda: monkeypatch.setenv(OVERRIDE, "10.3.0"),  # what the user sets counts by its value
+        lambda: monkeypatch.setenv(OVERRIDE, "11.0.2"),
+        lambda: monkeypatch.delenv(OVERRIDE),
+        lambda: monkeypatch.setattr(whisper_server.platform, "release", lambda: "7.0.1"),
+        lambda: whisper_server.verdict_file(model).write_text('{"asked": 1'),  # damaged
+    ]
+    for number, change in enumerate(changes):
+        change()
+        assert [chosen(), chosen()] == [(True, "gpu"), (False, "gpu")], number
     assert [chosen(compute_type="float16"), chosen(compute_type="float16")] == [(True, "gpu"), (False, "gpu")]
-    whisper_server.verdict_file(model).write_text('{"asked": 1')  # damaged
-    assert chosen() == (True, "gpu")
     verdict = {"why": "it gives wrong results"}
     weights.write_text("new")
     assert [chosen(), chosen()] == [(True, "cpu"), (False, "cpu")]
@@ -5756,6 +5757,11 @@ def hear(directory, device, compute_type, threads, runs):
     whisper_server.start_logging(whisper_server.Settings())
     override = os.environ.get("HSA_OVERRIDE_GFX_VERSION")
     whisper_server.log.info("hears %d times as %s, %s", runs, compute_type, override)
+    import ctranslate2
+    class Brief(ctranslate2.models.Whisper):
+        def generate(self, *arguments, **options):
+            return super().generate(*arguments, **options | {{"max_length": 16}})  # 8 tokens
+    whisper_server.FULL, ctranslate2.models.Whisper = 800, Brief  # here, in a process of its own
     return heard(directory, device, compute_type, threads, runs)
 
 {textwrap.dedent(code)}
@@ -5804,8 +5810,8 @@ def test_gpu_that_hears_what_the_cpu_hears_is_used(server: Served, tmp_path: Pat
             ("2", "int8", "11.0.2"),
         ]
         assert set(re.findall("imported with (.*)", served.log())) == {"11.0.2"}
-    with serving(tmp_path, patch=patch) as served:  # the verdict is remembered
-        assert heard_right(served)
+    with serving(tmp_path, patch=patch, PRELOAD="1") as served:  # the verdict is remembered
+        in_time(lambda: served.health()["models"]["base"]["state"] == "ready")
         assert set(re.findall("imported with (.*)", served.log())) == {"11.0.2"}
         assert served.health()["models"]["base"]["device"] == "gpu" and "hears" not in served.log()
 
@@ -5820,13 +5826,15 @@ def hear(directory, device, compute_type, threads, runs, plain=hear):
 
 
 def test_gpu_that_hears_wrongly_is_not_used(server: Served, tmp_path: Path) -> None:
-    patch = made_up(tmp_path, DEAF + 'WRONG = len\nwhisper_server.GPU_TYPES = ("int8",)')
+    one_try = 'WRONG = len\nwhisper_server.GPU_TYPES = ("int8",)\n'
+    one_try += 'whisper_server.OVERRIDES = {"gfx1103": ("11.0.2",)}\n'
+    patch = made_up(tmp_path, DEAF + one_try)
     with serving(tmp_path, patch=patch) as served:
         assert heard_right(served)
         state = served.health()["models"]["base"]
         assert (state["device"], state["name"]) == ("cpu", "AMD Ryzen 7 7840HS w/ Radeon 780M Graphics")
         assert re.search(r"as int8 gives wrong results: its encoder is off by \d", state["why"])
-        assert len(re.findall("ERROR.*self-test: the Radeon 780M as .* wrong results", served.log())) == 2
+        assert len(re.findall("ERROR.*self-test: the Radeon 780M as .* wrong results", served.log())) == 1
         served.wait_for("ERROR +no GPU: the Radeon 780M as int8 gives wrong results")
         served.wait_for("loaded on cpu as int8 .*wrong results")
     with serving(tmp_path, patch=patch, DEVICE="gpu") as served:  # the same verdict, and no way out
@@ -5839,59 +5847,45 @@ def test_gpu_that_hears_wrongly_is_not_used(server: Served, tmp_path: Path) -> N
 def test_gpu_that_is_wrong_in_int8_alone_is_used_with_16_bits(server: Served, tmp_path: Path) -> None:
     """32 bits, as long as the GPU is a CPU."""
     patch = made_up(tmp_path, DEAF + 'WRONG = lambda compute_type: compute_type == "int8"')
-    with serving(tmp_path, patch=patch) as served:
-        assert heard_right(served)
-        state = served.health()["models"]["base"]
-        assert (state["device"], state["compute_type"]) == ("gpu", "float32")
+    with serving(tmp_path, patch=patch, PRELOAD="1") as served:
+        served.wait_for("loaded on gpu as float32")
+        in_time(lambda: served.health()["models"]["base"]["state"] == "ready")
+        assert served.log().count("wrong results") == 1
 
 
-PROBES = {
-    "hangs": ("time.sleep(1000)", "the probe of the Radeon 780M did not end within 1 s"),
-    "crashes": ("os.abort()", r"the probe of the Radeon 780M died \(exit code -6\)"),
-    "sees nothing": ("return []", "CTranslate2 sees no Radeon 780M"),
-    "lacks the types": ('return ["bfloat16"]', "has none of"),
+FAULTS: dict[str, tuple[str, str, str, int]] = {  # a function, its body, why the GPU is not used; tries
+    "probe hangs": ("probe()", "time.sleep(1000)", "the probe of the Radeon 780M did not end within 1 s", 0),
+    "probe crashes": ("probe()", "os.abort()", r"the probe of the Radeon 780M died \(exit code -6\)", 0),
+    "probe sees nothing": ("probe()", "return []", "CTranslate2 sees no Radeon 780M", 0),
+    "probe lacks the types": ("probe()", 'return ["bfloat16"]', "has none of", 0),
+    # Another type and another override may help where it failed; where it hung, they would hang, too
+    "self-test hangs": ("hear(*asked)", "time.sleep(1000)", "as int8 did not end within 2 s", 1),
+    "self-test crashes": ("hear(*asked)", "os.abort()", r"as float32 died \(exit code -6\)", 4),
+    "self-test raises": ("hear(*asked)", "1 / 0", "as float32 failed: ZeroDivisionError", 4),
 }
 
 
-@pytest.mark.parametrize("how", PROBES)
-def test_probe_that_fails_leads_to_the_cpu(tmp_path: Path, how: str) -> None:
-    body, why = PROBES[how]
-    code = f"def probe():\n    {body}\n" + "whisper_server.PROBE_SECONDS = 1\n" * (how == "hangs")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_gpu_that_fails_its_test_leads_to_the_cpu(tmp_path: Path, fault: str) -> None:
+    function, body, why, tries = FAULTS[fault]
+    if function != "probe()":
+        body = f"if asked[-1] == 2:  # runs: this is the GPU\n        {body}\n    return [None]"
+    code = f"def {function}:\n    {body}\n"
+    if fault == "probe hangs":
+        code += "whisper_server.PROBE_SECONDS = 1\n"
+    elif fault == "self-test hangs":  # on the GPU; the CPU before it may take its time
+        code += """
+real = whisper_server.in_throwaway
+def in_throwaway(seconds, environment, function, *asked):
+    return real(2 if asked[-1:] == (2,) else 60, environment, function, *asked)
+whisper_server.in_throwaway = in_throwaway
+"""
     with serving(tmp_path, patch=on_a_machine(tmp_path, code), VAD="0") as served:
         assert words(served) == 1
         state = served.health()["models"]["base"]
         assert state["device"] == "cpu" and re.search(why, state["why"])
-        assert "no GPU: " in served.log()
+        assert "no GPU: " in served.log() and served.log().count("self-test: the Radeon 780M as ") == tries
         in_time(lambda: len(psutil.Process(served.child()).children()) == 0)  # nor is a hanging one left
-
-
-SELF_TESTS = {
-    "hangs": ("time.sleep(1000)", "as int8 did not end within 60 s", 1),
-    "crashes": ("os.abort()", r"as float32 died \(exit code -6\)", 4),
-    "raises": ("1 / 0", "as float32 failed: ZeroDivisionError", 4),
-}
-
-
-@pytest.mark.parametrize("how", SELF_TESTS)
-def test_self_test_that_fails_leads_to_the_cpu(tmp_path: Path, how: str) -> None:
-    """Another type and another override may help where it failed; where it hung, they would hang, too."""
-    body, why, tries = SELF_TESTS[how]
-    code = f"""
-    def hear(directory, device, compute_type, threads, runs):
-        if runs == 2:
-            {body}
-        return [None]
-    real = whisper_server.in_throwaway
-    def in_throwaway(seconds, environment, function, *arguments):
-        seconds = 2 if {how == "hangs"} and arguments[-1:] == (2,) else 60
-        return real(seconds, environment, function, *arguments)
-    whisper_server.in_throwaway = in_throwaway
-    """
-    with serving(tmp_path, patch=on_a_machine(tmp_path, code), VAD="0") as served:
-        assert words(served) == 1
-        state = served.health()["models"]["base"]
-        assert state["device"] == "cpu" and re.search(why.replace("60 s", "2 s"), state["why"])
-        assert served.log().count("self-test: the Radeon 780M as ") == tries
 
 
 def test_gpu_is_asked_for_and_there_is_none(tmp_path: Path) -> None:
@@ -5942,28 +5936,30 @@ WINDOWS, BEAMS, NO_ROOM = 16, 20, False
 """
 
 
-def long_recording() -> tuple[bytes, str]:
-    """Several windows of speech, and what is said in them."""
-    clip = samples_of(ENGLISH)
-    return wav_of(np.concatenate([*[clip, rest(3)] * 8])), " ".join([ENGLISH.said] * 8)
+FULL: dict[str, tuple[str, dict[str, Any]]] = {  # how full; what is known of the model then
+    "of windows": ("WINDOWS = 1", {"device": "gpu"}),
+    "of windows and beams": ("WINDOWS, BEAMS = 1, 1", {"device": "gpu"}),
+    "of one window": ("WINDOWS = 0", {"device": "cpu", "why": "the GPU ran out of memory"}),
+}
 
 
-def test_gpu_memory_ends_fewer_windows_then_one_beam_then_the_cpu(server: Served, tmp_path: Path) -> None:
-    sound, said = long_recording()
-    for limit, device in (("WINDOWS = 1", "gpu"), ("WINDOWS, BEAMS = 1, 1", "gpu"), ("WINDOWS = 0", "cpu")):
-        with serving(tmp_path, patch=made_up(tmp_path, FULL_GPU + limit)) as served:
-            answer = served.post(sound=sound, language="en")
-            assert answer.status_code == 200 and wrong(answer.json()["text"], said) <= 0.2
-            state = served.health()["models"]["base"]
-            assert state["device"] == device
-            tried = [(int(a), int(b)) for a, b in re.findall(r"generates (\d+) with (\d+)", served.log())]
-            fewer = re.findall(r"at most (\d+) windows", served.log())
-            assert fewer and fewer[-1] == "1" and max(tried)[0] > 1 and fewer == sorted(fewer)[::-1]
-            assert ("one beam for this window" in served.log()) == (limit != "WINDOWS = 1")
-            if device == "cpu":
-                assert tried[-2:] == [(1, 5), (1, 1)]
-                assert state["why"] == "the GPU ran out of memory"
-                assert "out of memory; using the CPU from now on" in served.log()
+@pytest.mark.parametrize("full", FULL)
+def test_gpu_memory_ends_fewer_windows_then_one_beam_then_the_cpu(
+    server: Served, tmp_path: Path, full: str
+) -> None:
+    limit, known = FULL[full]
+    sound = wav_of(np.concatenate([*[samples_of(ENGLISH), rest(3)] * 4]))  # several windows
+    with serving(tmp_path, patch=made_up(tmp_path, FULL_GPU + limit)) as served:
+        answer = served.post(sound=sound, language="en")
+        assert answer.status_code == 200 and wrong(answer.json()["text"], f"{ENGLISH.said} " * 4) <= 0.2
+        assert served.health()["models"]["base"].items() >= known.items()
+        tried = [(int(a), int(b)) for a, b in re.findall(r"generates (\d+) with (\d+)", served.log())]
+        fewer = re.findall(r"at most (\d+) windows", served.log())
+        assert fewer and fewer[-1] == "1" and max(tried)[0] > 1 and fewer == sorted(fewer)[::-1]
+        assert ("one beam for this window" in served.log()) == (limit != "WINDOWS = 1")
+        if known["device"] == "cpu":
+            assert tried[-2:] == [(1, 5), (1, 1)]
+            assert "out of memory; using the CPU from now on" in served.log()
 
 
 def test_gpu_without_room_for_the_model_leads_to_the_cpu(server: Served, tmp_path: Path) -> None:
@@ -6020,35 +6016,17 @@ def test_windows_encoded_in_16_bits_are_joined(server: Served, kind: str) -> Non
 
 def checked(program: Path, *flags: str, **settings: str) -> tuple[int, str, str]:
     """Exit code, output and errors of --check, after which no process is left."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WHISPER_")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WHISPER_")} | settings
     environment |= {"WHISPER_MODEL": "base", "WHISPER_PORT": "0", "CHECKED": str(program)}
-    environment |= {"WHISPER_" + name: value for name, value in settings.items()}
     command = [sys.executable, str(program), "--check", *flags]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    mark = f"CHECKED={program}".encode()
-    in_time(lambda: not [one for one in Path("/proc").glob("[0-9]*/environ") if mark in readable(one)])
+    in_time(lambda: not [one for one in psutil.process_iter() if str(program) in environment_of(one)])
     return ended.returncode, ended.stdout, ended.stderr
 
 
-def readable(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
-
-
-def states(output: str) -> dict[str, str]:
-    return {step["step"]: step["state"] for step in json.loads(output)["steps"]}
-
-
-def program_with(directory: Path, patch: str) -> Path:
-    program = directory / "patched.py"
-    program.write_text(PATCHED.format(here=str(HERE), patch=patch))
-    return program
-
-
-def test_check_of_a_machine_that_can_serve(server: Served) -> None:
-    code, output, errors = checked(HERE / "whisper_server.py", DEVICE="cpu")
+def test_check_of_a_machine_that_can_serve(server: Served, tmp_path: Path) -> None:
+    (program := tmp_path / "real.py").symlink_to(HERE / "whisper_server.py")
+    code, output, errors = checked(program, WHISPER_DEVICE="cpu")
     assert code == 0 and output.endswith("It can serve.\n"), output + errors
     assert re.search(r"^ok +Python +3\.", output, re.M)
     assert re.search(r"^ok +packages +.*ctranslate2 \d.*multipart 2", output, re.M)
@@ -6064,7 +6042,8 @@ def try_gpu(gpu, *rest):
     return {"why": "", "compute_type": "int8", "environment": gpu.environments[0]}
 whisper_server.try_gpu = try_gpu
 """
-    program = program_with(tmp_path, on_a_machine(tmp_path, tried))
+    program = tmp_path / "patched.py"
+    program.write_text(PATCHED.format(here=str(HERE), patch=on_a_machine(tmp_path, tried)))
     for _ in range(2):  # a verdict that was kept does not count here
         code, output, errors = checked(program, "--json")
         told = json.loads(output)
@@ -6077,26 +6056,57 @@ whisper_server.try_gpu = try_gpu
         assert "tried" in errors
 
 
-TROUBLES: dict[str, tuple[dict[str, str], str, str, str]] = {
-    "no GPU though asked for": ({"DEVICE": "gpu"}, "ROOT /= 'nowhere'", "GPU", "neither AMD's"),
-    "the transcription fails": ({}, "Engine = None", "transcript", "NoneType"),
-    "no such model": ({"MODEL": "giant"}, "", "model", "must be a directory, owner/name or one of"),
-    "offline without model": ({"MODEL": "tiny", "OFFLINE": "1"}, "", "model", "WHISPER_OFFLINE=1"),
-    "no room": ({"MAX_UPLOAD_MB": "1000000"}, "ROOM_MB = 10**12", "disk", "MB free"),
+def environment_of(process: psutil.Process) -> str:
+    """What `checked` set for a process; empty if it has ended, or is not ours to ask."""
+    with contextlib.suppress(psutil.Error, OSError):
+        return process.environ().get("CHECKED", "")
+    return ""
+
+
+def bad_steps(capsys: pytest.CaptureFixture[str], **named: Any) -> dict[str, dict[str, str]]:
+    """What --check --json finds wrong under settings, by its step."""
+    found = whisper_server.check(Settings(**{"model": "base", "port": 0, "deployments": {}, **named}))
+    code = whisper_server.print_check(found, True)
+    told = json.loads(capsys.readouterr().out)
+    bad = {step["step"]: step for step in told["steps"] if step["state"] == "bad"}
+    assert told["ok"] == (not bad) and code == bool(bad)
+    return bad
+
+
+def deaf_to(monkeypatch: pytest.MonkeyPatch, *events: tuple[Any, ...]) -> None:
+    """A worker that needs neither model nor process, and tells no more of a job than these events."""
+
+    def submit(worker: Any, file: Any, options: Options) -> Any:
+        job = whisper_server.Job(1, worker, file, options)
+        for event in events:
+            job.events.put(event)
+        return job
+
+    monkeypatch.setattr(whisper_server, "locate_model", lambda model: Path("/"))
+    monkeypatch.setattr(whisper_server.Worker, "submit", submit)
+
+
+FAILED = ("failed", Refusal(500, "The transcription failed: on purpose"))
+TROUBLES: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {  # settings, patches; step, its text
+    "no GPU though asked for": ({"device": "gpu"}, {"ROOT": Path("/nowhere")}, "GPU", "neither AMD's"),
+    "the transcription fails": ({}, {}, "transcript", "on purpose"),
+    "no such model": ({"model": "giant"}, {}, "model", "must be a directory, owner/name or one of"),
+    "offline without model": ({"model": "tiny", "offline": True}, {}, "model", "WHISPER_OFFLINE=1"),
+    "no room": ({"max_upload_mb": 10**6}, {"ROOM_MB": 10**12}, "disk", "MB free"),
 }
 
 
 @pytest.mark.parametrize("trouble", TROUBLES)
-def test_check_names_what_prevents_serving(tmp_path: Path, trouble: str) -> None:
-    settings, fault, step, text = TROUBLES[trouble]
-    patch = WORDY
-    if "MODEL" in settings:
-        patch = patch[: patch.index("whisper_server.locate_model")]
-    patch += f"\nwhisper_server.{fault}\n" if fault else ""
-    code, output, errors = checked(program_with(tmp_path, patch), "--json", **settings)
-    assert code == 1 and not json.loads(output)["ok"], output + errors
-    found = {one["step"]: one for one in json.loads(output)["steps"] if one["state"] == "bad"}
-    assert text in found[step]["text"] and found[step]["cure"]
+def test_check_names_what_prevents_serving(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trouble: str
+) -> None:
+    named, patches, step, text = TROUBLES[trouble]
+    if "model" not in named:
+        deaf_to(monkeypatch, FAILED)
+    for name, value in patches.items():
+        monkeypatch.setattr(whisper_server, name, value)
+    found = bad_steps(capsys, **named)[step]
+    assert text in found["text"] and found["cure"]
 
 
 @pytest.mark.parametrize("flags", [[], ["--check", "--json"]])
@@ -6114,30 +6124,37 @@ def test_packages_are_missing(flags: list[str]) -> None:
     assert "multipart" in found[0]["text"] and "requirements.txt" in found[0]["cure"]
 
 
-def test_check_of_a_wrong_setting() -> None:
-    code, output, errors = checked(HERE / "whisper_server.py", "--json", PORT="x")
-    assert code == 2 and states(output) == {"settings": "bad"} and "WHISPER_PORT='x'" in output + errors
+def test_check_of_a_wrong_setting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WHISPER_PORT", "x")
+    assert whisper_server.main(["--check", "--json"]) == 2
+    (found,) = json.loads(capsys.readouterr().out)["steps"]
+    assert (found["step"], found["state"]) == ("settings", "bad") and "WHISPER_PORT='x'" in found["text"]
 
 
-def test_check_of_the_port(server: Served, tmp_path: Path) -> None:
-    program = program_with(tmp_path, WORDY)
-    code, output, _ = checked(program, "--json", PORT=str(server.port))
-    assert code == 0 and "is in use by this server" in output
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        code, output, _ = checked(program, PORT=str(port))
+def test_check_of_the_port(server: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    def found(port: int) -> Any:
+        return whisper_server.check_port(Settings(port=port))
+
+    ours = found(int(server.port))
+    assert ours.state == "ok" and "is in use by this server" in ours.text
     for body in (b'{"status":"ok"}', b'{"version":"1.0"}', b"[]", b"null"):  # other programs
         with answering((200, {}, body)) as (url, _):
-            assert whisper_server.check_port(Settings(port=int(url.rpartition(":")[2]))).state == "bad"
-    assert code == 1 and re.search(rf"^BAD +port +127.0.0.1:{port}: Address already in use", output, re.M)
+            assert found(int(url.rpartition(":")[2])).state == "bad"
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        threading.Thread(target=lambda: other.accept()[0].close(), daemon=True).start()  # no HTTP either
+        assert whisper_server.print_check([found(port)], False) == 1
+    output = capsys.readouterr().out
+    assert re.search(rf"^BAD +port +127.0.0.1:{port}: Address already in use", output, re.M)
     assert "It cannot serve: port." in output
 
 
-def test_check_has_an_end(tmp_path: Path) -> None:
-    patch = IMPATIENT + "SECONDS = 1000\nwhisper_server.CHECK_SECONDS = 5\n"
-    started = time.monotonic()
-    code, output, _ = checked(program_with(tmp_path, patch), "--json")
-    assert code == 1 and states(output)["transcript"] == "bad" and time.monotonic() - started < 60
+def test_check_has_an_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    deaf_to(monkeypatch)
+    monkeypatch.setattr(whisper_server, "CHECK_SECONDS", 1)
+    assert "no answer within 1 s" in bad_steps(capsys)["transcript"]["text"]
 
 
 def test_json_goes_with_check() -> None:
@@ -6172,45 +6189,39 @@ def test_compose_gives_the_gpu_to_its_own_service_alone() -> None:
 # -- what runs out ---------------------------------------------------------------------------------
 
 
-def test_full_disk_is_507_and_nothing_is_left(tmp_path: Path) -> None:
-    full = """
-import resource
-resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
-"""
-    with serving(tmp_path, patch=WORDY + full, VAD="0") as served:
-        for size in (600_000, 500_001, 5_000_000):
-            answer = served.post(sound=bytes(size))
-            assert answer.status_code == 507, answer.text
-            assert "cannot be stored" in answer.text
-        assert words(served, sound=noise(10)) >= 1
-        assert in_time(lambda: not kept_uploads(served)) and "Traceback" not in served.log()
+# patch, sizes of uploads, words of the refusal. Until the test makes the file `open` there is no room.
+NO_ROOM: dict[str, tuple[str, tuple[int, ...], str]] = {
+    "a file may not be larger": (  # and a smaller one is stored all the while
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))",
+        (600_000, 500_001, 5_000_000),
+        "cannot be stored",
+    ),
+    "the disk is full": (  # the system itself says ENOSPC, at a write or only at the last one
+        "import tempfile; whole = tempfile.TemporaryFile\n"
+        "tempfile.TemporaryFile = lambda: whole() if OPEN.exists() else open('/dev/full', 'w+b')",
+        (1, 10_000, 5_000_000),
+        "No space left",
+    ),
+    "the directory is away": (
+        "import tempfile; tempfile.tempdir = str(OPEN.with_name('away'))",
+        (1,),
+        "cannot be stored",
+    ),
+}
 
 
-def test_no_space_left_is_507_and_nothing_is_left(tmp_path: Path) -> None:
-    patch = f"""
-import tempfile
-whole = tempfile.TemporaryFile
-def on_a_full_disk():  # the system itself says ENOSPC, at a write or only at the last one
-    return whole() if whisper_server.Path({str(tmp_path / "room")!r}).exists() else open("/dev/full", "w+b")
-tempfile.TemporaryFile = on_a_full_disk
-"""
+@pytest.mark.parametrize("why", NO_ROOM)
+def test_upload_without_room_is_507_and_nothing_is_left(tmp_path: Path, why: str) -> None:
+    patch, sizes, message = NO_ROOM[why]
     with serving(tmp_path, patch=WORDY + patch, VAD="0") as served:
-        for size in (1, 10_000, 5_000_000):
+        for size in sizes:
             answer = served.post(sound=bytes(size))
-            assert answer.status_code == 507 and "No space left" in answer.text
-        assert not [name for name in open_files(served.process.pid) if name == "/dev/full"]
-        (tmp_path / "room").touch()
-        assert words(served) == 1 and in_time(lambda: not kept_uploads(served))
-        assert "Traceback" not in served.log()
-
-
-def test_no_place_for_temporary_files_is_507(tmp_path: Path) -> None:
-    patch = f"import tempfile; tempfile.tempdir = {str(tmp_path / 'away')!r}"
-    with serving(tmp_path, patch=WORDY + patch, VAD="0") as served:
-        answer = served.post(sound=SHORT)
-        assert answer.status_code == 507 and "cannot be stored" in answer.text
+            assert answer.status_code == 507 and message in answer.text, answer.text
+        assert "/dev/full" not in open_files(served.process.pid)
+        (tmp_path / "open").touch()
         (tmp_path / "away").mkdir()
-        assert words(served) == 1 and not list((tmp_path / "away").iterdir())
+        assert words(served, sound=noise(10)) == 1 and not [*(tmp_path / "away").iterdir()]
+        assert in_time(lambda: not kept_uploads(served)) and "Traceback" not in served.log()
 
 
 def test_out_of_descriptors_those_inside_go_on(tmp_path: Path) -> None:
@@ -6417,48 +6428,42 @@ def test_offline_no_network_is_called(
 
 
 @pytest.mark.slow
-def test_many_mixed_requests_leave_nothing_behind(tmp_path: Path) -> None:  # noqa: C901
+def test_many_mixed_requests_leave_nothing_behind(tmp_path: Path) -> None:
     def level(pid: int) -> tuple[int, int, int]:
         """Threads, open files and resident kB of a process."""
         status = Path(f"/proc/{pid}/status").read_text()
         threads, memory = (int(re.search(rf"{name}:\s+(\d+)", status)[1]) for name in ("Threads", "VmRSS"))
         return threads, len(open_files(pid)), memory
 
+    def leaves(after: int) -> int:
+        with connect(served) as connection:
+            connection.sendall(whole[:after])
+        return 0
+
     body = form_of(part_of("file", SHORT, "a.wav"))
-
-    def ask(number: int) -> int:
-        kind = number % 10
-        if kind == 0:
-            return served.post(sound=SHORT, prompt="fail").status_code
-        if kind == 1:
-            return served.post(sound=b"not a sound").status_code
-        if kind == 2:
-            return served.post(sound=SHORT, language="xx").status_code
-        if kind == 3:
-            return served.post(OPENAI, SHORT, model="w", stream="true").status_code
-        if kind == 4:
-            with connect(served) as connection:  # leaves in the middle
-                connection.sendall(post_of(body)[: len(body) // 2])
-            return 0
-        if kind == 5:
-            with connect(served) as connection:  # leaves at the end
-                connection.sendall(post_of(body))
-            return 0
-        if kind == 6:
-            return statuses(served.raw(post_of(body, length=len(body) + 9), close=True))[0]
-        if kind == 7:
-            return statuses(served.raw(UNREADABLE["te-and-length"]))[0]
-        return served.post(sound=noise(20), response_format="verbose_json").status_code
-
+    whole = post_of(body)
+    cut_short = post_of(body, length=len(body) + 9)
+    kinds: list[tuple[int, Callable[[], int]]] = [  # status, and how to get it
+        (500, lambda: served.post(sound=SHORT, prompt="fail").status_code),
+        (400, lambda: served.post(sound=b"not a sound").status_code),
+        (400, lambda: served.post(sound=SHORT, language="xx").status_code),
+        (200, lambda: served.post(OPENAI, SHORT, model="w", stream="true").status_code),
+        (0, lambda: leaves(len(body) // 2)),
+        (0, lambda: leaves(len(whole))),
+        (400, lambda: statuses(served.raw(cut_short, close=True))[0]),
+        (400, lambda: statuses(served.raw(UNREADABLE["te-and-length"]))[0]),
+        (200, lambda: served.post(sound=noise(20), response_format="verbose_json").status_code),
+        (200, lambda: served.post(sound=noise(20), response_format="verbose_json").status_code),
+    ]
     patch = """
 SECONDS, pool = 0.02, whisper_server.ThreadPoolExecutor
 whisper_server.ThreadPoolExecutor = lambda max_workers, **named: pool(3, **named)
 """  # full from the first round on: nothing may grow after it
     with serving(tmp_path, patch=WORDY + patch, VAD="0") as served, ThreadPoolExecutor(16) as pool:
-        expected = {0: 500, 1: 400, 2: 400, 3: 200, 4: 0, 5: 0, 6: 400, 7: 400, 8: 200, 9: 200}
         levels = []
         for _ in range(3):
-            assert [*pool.map(ask, range(100))] == [expected[number % 10] for number in range(100)]
+            answers = [(status, pool.submit(ask)) for status, ask in kinds * 10]
+            assert all(status == answer.result() for status, answer in answers)
             in_time(lambda: served.health()["requests"]["in_work"] == 0)
             pids = served.process.pid, worker_of(served)
             served.http.close()
