@@ -4127,18 +4127,9 @@ def kfd_gpus() -> list[dict[str, Any]]:
         if version and facts.get("simd_count"):  # a CPU's node has neither
             facts["gfx"] = f"gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}"
             facts["apu"] = facts["gfx"] in APUS
-            facts["name"] = (facts["apu"] and apu_name()) or listed_name(facts)
+            facts["name"] = (facts["apu"] and apu_name()) or f"AMD GPU {facts.get('device_id', 0):04x}"
             found.append(facts)
     return found
-
-
-def listed_name(facts: dict[str, Any]) -> str:
-    """An AMD GPU's name by its PCI ids, from the list that libdrm brings; else the id."""
-    revision = read_system(f"sys/class/drm/renderD{facts.get('drm_render_minor')}/device/revision")[2:]
-    names = "\n".join(read_system(f"{at}/share/libdrm/amdgpu.ids") for at in ("usr", "opt/amdgpu"))
-    ids = rf"{facts.get('device_id', 0):x},\s*{re.escape(revision) or '-'}"
-    found = re.search(rf"^{ids},\s*(.+)$", names, re.M | re.I)
-    return found[1].strip() if found else f"AMD GPU {facts.get('device_id', 0):04x}"
 
 
 def site_packages() -> Path | None:
@@ -4154,23 +4145,13 @@ def ctranslate2_libraries() -> list[Path]:
     return [*wheel, *ROOT.glob("opt/ctranslate2/lib/libctranslate2.so.?")]
 
 
-def rocblas_kernels() -> list[Path]:
-    """rocBLAS's kernel files, wherever it is installed."""
-    folders = ("opt/rocm*/lib/rocblas", "usr/lib64/rocblas", "usr/lib/*/rocblas/*")  # AMD, Fedora, Debian
-    kernels = [file for at in folders for file in ROOT.glob(f"{at}/library/*gfx*")]
-    kernels += (site_packages() or ROOT).glob("_rocm_sdk*/lib/rocblas/library/*gfx*")  # AMD's wheels
-    return kernels
-
-
 def rocm_targets() -> set[str] | None:
-    """The gfx targets that the installed CTranslate2 and rocBLAS both have code for; None: no ROCm build.
+    """The gfx targets that the installed CTranslate2 has code for; empty: they cannot be told; None: no ROCm.
 
     No library is loaded. Each code object inside CTranslate2 names its target behind `amdgcn-amd-amdhsa--`
-    (LLVM's AMDGPU guide, "Target ID"); rocBLAS has it in the names of its kernel files, such as
-    `TensileLibrary_lazy_gfx1102.dat`. If one of the two shows none (compressed, elsewhere), the other counts;
-    if neither does, `*` stands for all: the self-test will tell.
+    (LLVM's AMDGPU guide, "Target ID"), unless it is compressed.
     """
-    code, hip = set(), False
+    targets, hip = set(), False
     for library in ctranslate2_libraries():
         with (
             contextlib.suppress(OSError, ValueError),  # unreadable, or empty
@@ -4178,38 +4159,37 @@ def rocm_targets() -> set[str] | None:
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
             hip = hip or data.find(b"libamdhip64") >= 0
-            code |= {name.decode() for name in re.findall(rb"amdgcn-amd-amdhsa--(gfx[0-9a-f]+)", data)}
-    if not hip:
-        return None
-    blas = {name for file in rocblas_kernels() for name in re.findall(r"gfx[0-9a-f]+", file.name)}
-    return code & blas if code and blas else code | blas or {"*"}
+            targets |= {name.decode() for name in re.findall(rb"amdgcn-amd-amdhsa--(gfx[0-9a-f]+)", data)}
+    return targets if hip else None
 
 
 def rocm_environments(
     gfx: str, targets: set[str] | None, fixed: dict[str, str]
 ) -> tuple[tuple[dict[str, str], ...], Finding]:
-    """The environments in which ROCm may run code on a GPU, the best first; none: it cannot.
+    """The environments in which ROCm may run code on a GPU, in the order in which they are tried; none: it
+    cannot. As it is comes first: what may hang must not stand before what should work, since a hang ends
+    the trials.
 
-    An override is set only where the hardware needs it, the user has set none, and its code is installed.
-    `fixed` goes into each, less what the user has set. HIP's own allocator lost words without an
-    error (CTranslate2#2090) and crashed (#2012); CUB's does not.
+    An override is tried only where the user has set none, and its code is installed. `fixed` goes into
+    each, less what the user has set. HIP's own allocator may lose words without an error (CTranslate2#2090)
+    or crash (#2012); CUB's does not.
     """
     fixed = {"CT2_CUDA_ALLOCATOR": "cub_caching"} | fixed
-    chosen: tuple[str, ...] = ("",)
     if targets is None:
         cure = "docker compose up -d --build whisper-rocm, or the ROCm wheel of CTranslate2's release"
         return (), Finding("ROCm", "note", "the installed CTranslate2 has no ROCm; PyPI's has none", cure)
+    have = f"CTranslate2 has code for {' '.join(sorted(targets)) or 'targets that it does not tell'}"
     if os.environ.get(OVERRIDE):
-        text = f"{OVERRIDE}={os.environ[OVERRIDE]}, as the environment says"
-    elif not gfx or targets & {gfx, "*"}:
-        text = f"CTranslate2 and rocBLAS run {gfx} as it is"
+        chosen, text = [""], f"{OVERRIDE}={os.environ[OVERRIDE]}, as the environment says"
     else:
-        chosen = tuple(v for v in OVERRIDES.get(gfx, ()) if "gfx" + v.replace(".", "") in targets)
-        have = " ".join(sorted(targets)) or "none in common"
-        text = f"no code for {gfx} in CTranslate2 and rocBLAS; they have {have}"
+        as_it_is = [""] if not gfx or not targets or gfx in targets else []
+        overrides = [v for v in OVERRIDES.get(gfx, ()) if "gfx" + v.replace(".", "") in targets]
+        chosen, text = as_it_is + overrides, have
         if not chosen:
-            return (), Finding("ROCm", "note", text, "build it yourself: HIP_ARCHITECTURES in the Dockerfile")
-        text += f"; {OVERRIDE}={', then '.join(chosen)} is tried"
+            cure = "build it yourself: HIP_ARCHITECTURES in the Dockerfile"
+            return (), Finding("ROCm", "note", f"{have}, none of which {gfx} runs", cure)
+        tried = ["as it is"] * len(as_it_is) + [f"as {OVERRIDE}={version}" for version in overrides]
+        text += f"; {gfx or 'the GPU'} is tried {', then '.join(tried)}"
     each = [fixed | ({OVERRIDE: version} if version else {}) for version in chosen]
     ours = tuple({key: value for key, value in one.items() if not os.environ.get(key)} for one in each)
     return ours, Finding("ROCm", "ok", text)
@@ -4407,24 +4387,19 @@ def difference(cpu: tuple[Any, Any], gpu: list[tuple[Any, Any]]) -> str:
     return ""
 
 
-def verdict_file(directory: Path) -> Path:
-    """Where the verdict on a GPU with this model is kept: in the user's cache."""
-    name = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
-    return user_cache() / "azure-whisper" / f"gpu-{name}.json"
+def verdict_file(directory: Path, gpu: Gpu, types: Iterable[str]) -> Path:
+    """Where the verdict on a GPU with this model is kept, in the user's cache.
 
-
-def circumstances(directory: Path, gpu: Gpu, types: Iterable[str]) -> str:
-    """All that a verdict depends on: if any of it changes, the GPU is tested again."""
+    Its name is the hash of all that it depends on: if any of it changes, the GPU is tested again.
+    """
     weights = (directory / "model.bin").stat()
-    files = [*ctranslate2_libraries(), *rocblas_kernels()]
-    libraries = hashlib.sha256(repr(sorted((one.name, one.stat().st_size) for one in files)).encode())
+    libraries = sorted((one.name, one.stat().st_size) for one in ctranslate2_libraries())
     chosen = sorted(one for one in os.environ.items() if one[0].startswith(GPU_VARIABLES))
     folders = ("proc/driver/nvidia", "sys/module/amdgpu", "opt/rocm/.info")
-    drivers = [read_system(f"{at}/version") for at in folders]
+    drivers = [platform.release(), version_of("rocm"), *(read_system(f"{at}/version") for at in folders)]
     model = [str(directory.resolve()), weights.st_size, weights.st_mtime_ns]
-    versions = [__version__, importlib.metadata.version("ctranslate2"), platform.release(), *drivers]
-    found = [dataclasses.astuple(gpu), list(types), chosen]
-    return json.dumps([versions, libraries.hexdigest(), model, found])
+    depends = [__version__, libraries, drivers, model, dataclasses.astuple(gpu), list(types), chosen]
+    return user_cache() / "azure-whisper" / f"gpu-{hashlib.sha256(repr(depends).encode()).hexdigest()}.json"
 
 
 def verdict_on(gpu: Gpu, directory: Path, settings: Settings, busy: Busy, retest: bool) -> dict[str, Any]:
@@ -4433,21 +4408,21 @@ def verdict_on(gpu: Gpu, directory: Path, settings: Settings, busy: Busy, retest
     Kept in the user's cache if that can be written, and if it was not the lack of memory alone.
     """
     types = GPU_TYPES if settings.compute_type == "auto" else (settings.compute_type,)
-    asked, file = circumstances(directory, gpu, types), verdict_file(directory)
+    file = verdict_file(directory, gpu, types)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         kept: dict[str, Any] = json.loads(file.read_text())
         doubtful = kept["why"] and not 0 <= time.time() - kept["time"] < DOUBT_SECONDS
-        if kept["asked"] == asked and not doubtful and not retest:
+        if not doubtful and not retest:
             return kept
     try:
         verdict = try_gpu(gpu, directory, types, settings.threads or available_cores(), busy)
     finally:
         busy(Step("test"), 0)
-    if not out_of_memory(verdict["why"]):
+    if not out_of_memory(verdict["why"]) and file.is_absolute():  # else nobody has a home here
         with contextlib.suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
             scratch = file.with_suffix(f".{os.getpid()}")
-            scratch.write_text(json.dumps(verdict | {"asked": asked, "time": time.time()}))
+            scratch.write_text(json.dumps(verdict | {"time": time.time()}))
             scratch.replace(file)
     return verdict
 
