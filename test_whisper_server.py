@@ -4832,6 +4832,18 @@ def test_worker_dies_and_requests_are_answered_right(mortal: Served, when: str, 
     in_time(lambda: not kept_uploads(mortal))
 
 
+def test_clip_does_not_wait_for_a_long_file_over_which_the_worker_died(tmp_path: Path) -> None:
+    with (
+        serving(tmp_path, patch=WORDY + "SECONDS = 0.5", VAD="0") as served,
+        asking(served, sound=noise(600)) as (long,),  # 50 windows, two at a time
+    ):
+        served.wait_for("window of request 1")
+        os.kill(worker_of(served), signal.SIGSEGV)
+        served.wait_for("died")
+        assert words(served) == 1 and not long.done()
+        assert long.result().status_code == 200 and long.result().text.count("word") == 50
+
+
 def test_stream_that_has_begun_ends_in_an_error_when_the_worker_dies(tmp_path: Path) -> None:
     with serving(tmp_path, patch=WORDY + "SECONDS = 0.5", VAD="0") as served:
         sound = {"file": ("a.wav", noise(600))}
