@@ -5318,23 +5318,44 @@ def test_client_leaves_and_its_windows_are_dropped(tmp_path: Path, stream: str, 
         in_time(lambda: not kept_uploads(served))
 
 
-def test_job_whose_file_cannot_be_passed_is_503_and_stops_nobody(tmp_path: Path) -> None:
+OUT_OF = {  # what there is none of: where that shows, and the exception
+    "descriptors for the worker": ("whisper_server.socket", "fromfd", "OSError(24, 'none left')"),
+    "descriptors for the file": ("os", "dup", "OSError(24, 'none left')"),
+    "threads": ("whisper_server.Outbox", "run", "none left"),
+}
+
+
+@pytest.mark.parametrize("what", OUT_OF)
+def test_job_that_cannot_be_passed_is_503_and_stops_nobody(tmp_path: Path, what: str) -> None:
     """Descriptors ran out between a job and its file: the worker waited for it for two minutes."""
-    patch = """
-import errno, multiprocessing
-real, failed = whisper_server.socket.fromfd, []
-def fromfd(*arguments):
+    place, name, error = OUT_OF[what]
+    patch = f"""
+import multiprocessing, os
+failed, real = [], getattr({place}, {name!r})
+def fails_once(*arguments):
     if multiprocessing.current_process().name == "MainProcess" and not failed:
         failed.append(True)
-        raise OSError(errno.EMFILE, "Too many open files")
+        raise {error}
     return real(*arguments)
-whisper_server.socket.fromfd = fromfd
+{place}.{name} = fails_once
+"""
+    if what == "threads":
+        patch = f"""
+failed, start = [], whisper_server.threading.Thread.start
+def fails_once(self):
+    if getattr(self._target, "__func__", None) is whisper_server.Outbox.run and not failed:
+        failed.append(True)
+        raise RuntimeError({error!r})
+    start(self)
+whisper_server.threading.Thread.start = fails_once
 """
     with serving(tmp_path, patch=WORDY + patch, VAD="0") as served:
         answer = served.post(sound=SHORT)
-        assert answer.status_code == 503 and "Too many open files" in answer.text
+        assert answer.status_code == 503 and "none left" in answer.text
         assert int(answer.headers["retry-after"]) > 0
         assert words(served) == 1 and "hangs" not in served.log()
+        os.kill(worker_of(served), signal.SIGKILL)
+        served.wait_for("died .* with 0 jobs")
 
 
 def test_worker_that_can_start_no_thread_is_replaced_and_its_jobs_are_done_again(tmp_path: Path) -> None:

@@ -5,12 +5,13 @@
     curl http://localhost:8000/openai/deployments/whisper-1/audio/transcriptions \\
          -H "api-key: dummy" -F "file=@speech.mp3"
 
-The file is in the order of a request, a section to each step; a banner begins each section:
+The file is in the order of a request, a section to each step, behind what all steps know; a banner
+begins each section:
 
     settings, errors, languages         what all the others know
-    transcript, rendering, form         plain data; pure functions to and from it
+    transcript, rendering, form         plain data, and what makes bytes of it or it of bytes; no sockets
     connection                          strict HTTP/1.1 on one socket; knows no Azure
-    routes and answers                  who asks for what; each reply is written here
+    routes and answers                  who asks for what; a request's answers are written here
     metrics, server                     what is counted; connections, the queue, start, drain, stop
     messages                            all that passes between the two processes
     worker                              the parent's end of a child: starts it, outlives its deaths
@@ -20,7 +21,7 @@ The file is in the order of a request, a section to each step; a banner begins e
 
     below them what no request passes: model files, devices, check; at the end `main`
 
-Two processes. The parent speaks HTTP and touches neither media nor model; it imports nothing
+Two kinds of process. The parent speaks HTTP and touches neither media nor model; it imports nothing
 beyond the standard library and `multipart`. A child per model decodes, finds speech and owns the
 model: FFmpeg parses hostile bytes, a GPU fault aborts its process, and only the end of a process
 surely gives its memory back.
@@ -393,7 +394,7 @@ def language_code(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------
-# transcript: plain data, as the worker makes it and the renderers read it
+# transcript: plain data, as the child makes it and the renderers read it
 # ------------------------------------------------------------------------------------------------
 
 
@@ -634,7 +635,7 @@ MAX_TEXT = 64 * 1024  # bytes a text field; a prompt counts up to its last 223 t
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the form asks for, checked. Sent to the worker as it stands."""
+    """What the form asks for, checked. Sent to the child as it stands."""
 
     task: str = "transcribe"
     language: str | None = None  # None: detect
@@ -899,7 +900,7 @@ def read_head(reader: io.BufferedReader[Wire]) -> bytes:
             return b"".join(lines)
         if len(lines) > 1 and not re.fullmatch(TOKEN + rb":[^\x00\r\n]*\r\n", lines[-1]):
             raise Refusal(400, f"Line {len(lines)} of the request's head is not 'Name: value'.")
-        if len(lines) > MAX_HEADERS:
+        if len(lines) > 1 + MAX_HEADERS:
             raise Refusal(431, f"The request has more than {MAX_HEADERS} header lines.")
         lines.append(reader.readline(MAX_LINE))
 
@@ -1032,7 +1033,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     exchange: Exchange
-    exchange_type: type[Exchange] = Exchange  # what is known of a request before its first byte
+    exchange_type: type[Exchange] = Exchange  # what is kept of a request
 
     # -- to override ------------------------------------------------------------------------------
 
@@ -1137,7 +1138,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def send_head(
         self, status: int, headers: Iterable[tuple[str, str]], reason: str | None = None, body: bytes = b""
     ) -> None:
-        """Status line, headers and body in one packet: no proxy has the head of an answer that is lost."""
+        """Status line, headers and body go out together: no proxy has the head of an answer that is lost."""
         exchange = self.exchange
         exchange.status, exchange.head_sent = status, True
         if exchange.body is not None and not exchange.body.finished:
@@ -1198,7 +1199,7 @@ NAME = r"(?:/(?P<name>.+?))?/?"
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """A path, after any prefix that a gateway put in front, and the handler's method for it."""
+    """A path, perhaps after a prefix that a gateway put in front, and the handler's method for it."""
 
     pattern: str
     methods: tuple[str, ...]
@@ -1232,8 +1233,8 @@ class Asked(Exchange):
 
 
 class Handler(Connection):
-    """Azure's and OpenAI's routes. Everything is judged before the body is read: origin, route, key,
-    deployment, size, place in the queue; whatever is wrong raises a Refusal.
+    """Azure's and OpenAI's routes. What the head tells is judged before the body is read: origin, route,
+    key, deployment, size, and whether there is a place; whatever is wrong raises a Refusal.
 
     Its thread alone writes here. The server's tick and /health read `exchange` and `name` while the
     request has its place: each field is read once, and an old value does no harm.
@@ -1431,8 +1432,8 @@ class Handler(Connection):
     def listen(self, job: Job) -> Iterator[tuple[Any, ...]]:
         """What becomes of a job: ("segments", [Segment]), ("again",), ("tick",) in between, ("done", ...).
 
-        Raises the job's Refusal, 503 while the model's files are still coming, and ConnectionError
-        when the client has left.
+        Raises the job's Refusal, 503 while the model's files are still coming or the server ends, and
+        ConnectionError when the client has left.
         """
         asked = time.monotonic()
         while True:
@@ -1462,7 +1463,7 @@ class Handler(Connection):
         for kind, *rest in self.listen(job):
             if kind == "segments":
                 segments += rest[0]
-            elif kind == "again":  # the worker died; all of it comes once more
+            elif kind == "again":  # the child died; all of it comes once more
                 segments.clear()
             elif kind == "done":
                 language, duration = rest[:2]
@@ -1648,7 +1649,7 @@ class Handler(Connection):
         self.send_chunk(data)
 
     def log_answer(self, size: int) -> None:
-        """One line for each answer, in one place; start_logging escapes what a client might smuggle."""
+        """One line for each answer, in one place; OneLine escapes what a client might smuggle."""
         asked = self.exchange
         seconds = time.monotonic() - asked.arrived
         level = logging.DEBUG if asked.route in ("health", "metrics") else logging.INFO
@@ -1658,7 +1659,7 @@ class Handler(Connection):
 
 
 def check_operation(operation: str, model: str) -> None:
-    """Refuse a translation by a model that was not trained to translate: it would transcribe."""
+    """Refuse a translation by turbo, which was not trained to translate: it would transcribe."""
     try:
         turbo = repository_of(model) == MODELS["large-v3-turbo"]
     except Refusal:  # a directory, which may hold any model
@@ -1874,8 +1875,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     `lock` guards `workers`, `present`, `connections`, `draining` and `seconds_each`. /health, the metrics
     and `service_actions` read the first two and `draining` without it: from a copy, which may be a moment
-    old; so do `drain` and `on_signal`, which must not wait for it. The rest is set before the first
-    request, but for `device` and `over`, each set once.
+    old; so does `on_signal`, which must not wait for it. The rest is set before the first request, but for
+    `device` and `over`, each set once.
     """
 
     daemon_threads = True
@@ -1892,6 +1893,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.present: dict[Handler, None] = {}  # requests in work, the oldest first
         self.connections: dict[socket.socket, bool] = {}  # connection -> idle
         self.draining, self.over = False, False  # no request enters; those in work are refused
+        self.zombie = 0  # process id of the one that `reap` saw last
         self.seconds_each = 2.0  # recent mean time of a request, for Retry-After
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         super().__init__((settings.host, settings.port), Handler)
@@ -2005,10 +2007,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def reap(self) -> None:
         """Wait for what a dead worker had begun, such as pip: a container's first process inherits it."""
-        ours = [worker.process and worker.process.pid for worker in list(self.workers.values())]
         with contextlib.suppress(ChildProcessError):
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if ended and ended.si_pid not in ours:  # their listeners want the exit code
+            before, self.zombie = self.zombie, ended.si_pid if ended else 0
+            if ended and ended.si_pid == before:  # a worker's listener would have taken it by now
                 os.waitpid(ended.si_pid, 0)
 
     def drain(self) -> None:
@@ -2039,8 +2041,8 @@ class Server(http.server.ThreadingHTTPServer):
         """The first SIGTERM, SIGINT or SIGHUP drains, the second ends at once."""
         if self.draining:
             for worker in list(self.workers.values()):
-                if worker.process is not None:
-                    worker.process.kill()
+                if process := worker.process:  # read once: it may end meanwhile
+                    process.kill()
             os._exit(128 + number)
         threading.Thread(target=self.drain, daemon=True).start()
 
@@ -2073,7 +2075,7 @@ class Server(http.server.ThreadingHTTPServer):
         return f'curl "{url}{path}{version}" -H "api-key: {key}" -F "file=@speech.mp3"{model}'
 
     def look_for_device(self) -> None:
-        """Say what is likely to run a model. In a thread: ROCm's libraries have gigabytes to look through."""
+        """Say what is likely to run a model. In a thread: ROCm's CTranslate2 has much to look through."""
         self.device = found = device_in_sight(self.settings)
         facts = [found[name] for name in ("device", "name", "gfx", "compute_type") if name in found]
         log.info("device: %s; %s", ", ".join(facts) or "none", found.get("note") or f"no GPU: {found['why']}")
@@ -2127,7 +2129,7 @@ def no_connection_free() -> bytes:
 #                     ("failed", id, Refusal)
 #                     ("busy", Step, seconds)       a step that may take so long begins; 0: it has ended
 #
-# A child is given the settings when it starts (`child_main`); an exit code of GPU_FULL says why it ended.
+# A child is given what `child_main` takes when it starts; an exit code of GPU_FULL says why it ended.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -2202,11 +2204,15 @@ class Outbox:
     """What goes to one child, sent by a thread of its own: a child that reads nothing holds up nobody."""
 
     def __init__(self, pipe: Any) -> None:
-        """Raises OSError when there is no descriptor left."""
+        """Raises OSError when there is no descriptor or no thread left."""
         self.pipe, self.messages = pipe, queue.SimpleQueue[Any]()
         self.channel = socket.fromfd(pipe.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)  # for descriptors
         self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
+        try:
+            self.thread.start()
+        except RuntimeError as error:
+            self.channel.close()
+            raise OSError(errno.EAGAIN, str(error)) from None
 
     def put(self, message: tuple[Any, ...], file: IO[bytes] | None = None) -> None:
         """Send a message, and the descriptor of a file behind it. Raises OSError if there is none left."""
@@ -2234,8 +2240,9 @@ class Worker:
     """The parent's end of one model's child process.
 
     `lock` guards all fields, and whoever holds it waits for nothing: an Outbox sends, a listener waits for
-    the end. Methods with a leading underscore want it held. Without it are read `state`, `trouble`,
-    `state_since` and `first_bytes`, for people and for `still_fetching`, where an old value does no harm.
+    the end. Methods with a leading underscore want it held, but for `_listen`, a thread. Without it are
+    read `state`, `trouble`, `state_since`, `first_bytes` and `last_message`, for people and for
+    `still_fetching`, and `process` by the server's `on_signal`: an old value does no harm there.
     """
 
     ids: ClassVar[Iterator[int]] = itertools.count(1)
@@ -2340,7 +2347,7 @@ class Worker:
                 self.stop()
 
     def stop(self) -> None:
-        """End the child at once; `without_children` waits for it."""
+        """End the child at once; its listener waits for that, at the very end `without_children`."""
         with self.lock:
             if self.process is not None:
                 self.process.kill()
@@ -2396,10 +2403,10 @@ class Worker:
                 if process is self.process:
                     self._receive(*message)
         process.join()
-        outbox.close()
         with self.lock:
             if process is self.process:
                 self._died(process.exitcode)
+        outbox.close()  # now nobody puts anything into it any more
 
     def _receive(self, kind: str, *rest: Any) -> None:
         now = self.last_message = time.monotonic()
@@ -2489,7 +2496,7 @@ class Worker:
 
 
 # ------------------------------------------------------------------------------------------------
-# child: one file, in the worker process, from its bytes to its last segment
+# child: one file, in the child process, from its bytes to its last segment
 # ------------------------------------------------------------------------------------------------
 
 HEAD_START_SECONDS = 30  # decoded without waiting for a turn, so that a clip never waits for a long file
@@ -2532,7 +2539,7 @@ class Recording:
 
 
 def child_main(pipe: Any, settings: Settings, model: str, given_up: str, retest: bool) -> None:
-    """The worker process's whole life. It ends when the parent closes the pipe, or is gone."""
+    """The child process's whole life. It ends when the parent closes the pipe, or is gone."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # sent to all by a terminal or systemd; the parent decides
         if number := getattr(signal, name, None):
             signal.signal(number, signal.SIG_IGN)
@@ -2550,7 +2557,7 @@ def child_main(pipe: Any, settings: Settings, model: str, given_up: str, retest:
 
 
 class Child:
-    """The worker process: reads messages, runs files, answers.
+    """The child process: reads messages, runs files, answers.
 
     `send_lock` guards the pipe's writing end, `start_lock` guards `engine`, which the
     reader of messages reads without it, once; `fetch_lock` lets one thread fetch.
@@ -2567,7 +2574,7 @@ class Child:
         self.recordings: dict[int, Recording] = {}
         self.engine: Future[Engine] | None = None
         self.gate = Gate()
-        # A window in work waits in a thread: two batches of AUTO_BATCH for each of a few files.
+        # A window in work waits in a thread; `Delivery.add` bounds their number for each file.
         self.pool = ThreadPoolExecutor(max_workers=96, thread_name_prefix="window")
 
     def send(self, *message: Any) -> None:
@@ -2811,10 +2818,11 @@ def until_language(recording: Recording, windows: Iterable[Window]) -> Iterator[
 
 
 class Gate:
-    """Lets two recordings be decoded at a time; of those that wait, the one that had least comes first.
+    """Lets two recordings be decoded at a time beyond their first 30 s.
 
-    More would wait for the interpreter that they share, each with its memory.
-    `changed` guards both fields. `decode_seconds` of one that waits stands still.
+    Of those that wait the one that had least comes first. More would wait for the interpreter that they
+    share, each with its memory. `changed` guards both fields; `decode_seconds` of one that waits stands
+    still.
     """
 
     def __init__(self) -> None:
@@ -2941,7 +2949,7 @@ def decode(
     """Blocks of sound from a media file: float32 (samples,) at 16 kHz, mono, -1 to 1 as a rule.
 
     Channels that say the same come out louder, up to LOUDEST: FFmpeg does not scale a mix of floats, and
-    a centre channel alone keeps its strength so. Nothing is cut off there; the model measures by the loudest.
+    a centre channel alone keeps its strength so. The model measures by the loudest.
 
     First `declare` hears how many seconds the file says it has, if it says so. Goes packet by packet: a
     damaged stretch costs only itself. (faster-whisper's `decode_audio` drops all that follows it.)
@@ -3002,7 +3010,7 @@ def undecodable() -> Refusal:
 
 
 def frames(container: Any) -> Iterator[Any]:
-    """The frames of a container's first audio track, resampled to mono at 16 kHz, damage skipped."""
+    """The frames of a container's first audio track, resampled to mono at 16 kHz."""
     import av
 
     stream = container.streams.audio[0]
@@ -3227,10 +3235,11 @@ class Call:
 
 
 class Owner:
-    """The only caller of the CTranslate2 model, in a thread a lane: access to it is serialised here.
+    """The only caller of the CTranslate2 model, in a thread a lane: access to each copy is serialised here.
 
-    The recording that has had least of the model comes first, so that a short clip never waits for a
-    long file. Among those that are level encodings come first, so that many windows meet in one `generate`.
+    The recording that has had least of the model comes first, so that a short clip waits for no
+    more than the call in work. Among those that are level encodings come first, so that many windows meet
+    in one `generate`.
 
     `wake` guards all fields from `fair` on, each recording's share and the writing of `batch_size`; `shared`,
     `candidates` and `take` want it held. Without it are read: a share's
@@ -3319,7 +3328,9 @@ class Owner:
         return bool(re.search("CUDA|cuBLAS|cuDNN|HIP", str(error)) and not re.search(mistake, str(error)))
 
     def fail(self, call: Call, error: Exception) -> None:
-        """Give an error of the model to whoever asked; ends this process if a GPU failed or is full."""
+        """Give an error of the model to whoever asked; a GPU that failed, or is full and may be left, ends
+        this process.
+        """
         if self.device_failed(error):
             log.error("the GPU has failed: %s", error)
             self.busy(Step("gpu"), STEP_SECONDS)  # counted against it, unlike the death of a decoder
@@ -3568,7 +3579,7 @@ def fitted_whisper(whisper_model: type[Any]) -> type[Any]:
             return attempt.encoding
 
         def generate_with_fallback(self, encoding: Any, prompt: Any, tokenizer: Any, options: Any) -> Any:
-            """Tries temperature 0 alone on a short window, and raises Misfit if the result is doubtful."""
+            """Tries one temperature alone on a short window, and raises Misfit if the result is doubtful."""
             attempt: Attempt = self.current.attempt
             if attempt.frames == FULL:
                 return super().generate_with_fallback(encoding, prompt, tokenizer, options)
@@ -4317,7 +4328,7 @@ def probe() -> list[str]:
 
 
 def synthetic_sound() -> Samples:
-    """Thirty seconds like vowels: harmonics of a voice's pitch, shaped by three formants that move."""
+    """Thirty seconds like vowels: harmonics of a voice's pitch, shaped by formants that move."""
     import numpy as np
 
     t = np.arange(30 * RATE) / RATE
@@ -4726,7 +4737,7 @@ def start_logging(settings: Settings) -> None:
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The command line; every flag stands for the variable of the same name."""
+    """The command line; --host, --port and --model stand for the variables of the same names."""
     parser = argparse.ArgumentParser(description="A local server that speaks the Azure OpenAI Whisper API.")
     parser.add_argument("--host", help="WHISPER_HOST, 127.0.0.1 by default")
     parser.add_argument("--port", help="WHISPER_PORT, 8000 by default")
@@ -4788,9 +4799,9 @@ def without_children(code: int) -> int:
     since multiprocessing would wait for it for ever.
     """
     end = time.monotonic() + KILL_SECONDS
-    for child in multiprocessing.active_children():
-        child.join(max(0.0, end - time.monotonic()))
-    if left := multiprocessing.active_children():
+    while (left := multiprocessing.active_children()) and time.monotonic() < end:
+        time.sleep(0.02)  # no `join`: a listener may have taken the exit code, and not noted it yet
+    if left:
         pids = ", ".join(str(child.pid) for child in left)
         log.warning("left behind: process %s, which does not end, perhaps in the hands of a driver", pids)
         sys.stdout.flush()
