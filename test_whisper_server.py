@@ -2046,6 +2046,7 @@ def test_settings_by_default_and_empty() -> None:
     assert Settings.read({}) == Settings.read(
         {"WHISPER_MODEL": "", "WHISPER_API_KEYS": " ", "WHISPER_PORT": " "}
     )
+    assert Settings.read({}) == Settings()
     plain = Settings.read({})
     assert (plain.model, plain.host, plain.port, plain.beam_size) == ("large-v3", "127.0.0.1", 8000, 5)
     assert (plain.max_upload_mb, plain.max_audio_seconds, plain.max_queue) == (1024, 14400, 32)

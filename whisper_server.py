@@ -2037,6 +2037,14 @@ class Server(http.server.ThreadingHTTPServer):
         while self.in_work and time.monotonic() < end:
             time.sleep(0.05)
 
+    def take_signals(self) -> None:
+        """Let signals end the server; SIGHUP, which Windows lacks, unless nohup has it ignored."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+        hangup = getattr(signal, "SIGHUP", None)
+        if hangup and signal.getsignal(hangup) is not signal.SIG_IGN:
+            signal.signal(hangup, self.on_signal)
+
     def on_signal(self, number: int, frame: Any) -> None:
         """The first SIGTERM, SIGINT or SIGHUP drains, the second ends at once."""
         if self.draining:
@@ -4774,10 +4782,7 @@ def main(arguments: list[str] | None = None) -> int:
         where = f"{settings.host}:{settings.port}"
         print(f"Cannot listen on {where}: {reason(error)}. Choose another with --port.", file=sys.stderr)
         return 1
-    for name in ("SIGTERM", "SIGINT", "SIGHUP"):  # Windows lacks the last; nohup has it ignored
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, server.on_signal)
+    server.take_signals()
     log.info("Azure Whisper server %s on %s, model %s", __version__, server.url, settings.model)
     for name in Settings.misspelt(os.environ):
         log.warning("%s is not a setting and has no effect", name)
