@@ -4524,6 +4524,12 @@ def test_address_that_cannot_be_read_is_refused(server: Served) -> None:
     assert "Traceback" not in server.log()
 
 
+def test_as_many_header_lines_as_allowed_are_taken(server: Served) -> None:
+    for more, status in ((0, 200), (1, 431)):
+        others = ["X-A: a"] * (whisper_server.MAX_HEADERS - 2 + more)
+        assert statuses(server.raw(lines_of(HEALTH, HOST, "Connection: close", *others, ""))) == [status]
+
+
 def test_empty_line_before_a_request_is_ignored(server: Served) -> None:
     health = lines_of(HEALTH, HOST, "")
     last = lines_of(HEALTH, HOST, "Connection: close", "")

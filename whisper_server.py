@@ -858,7 +858,7 @@ class Wire(io.RawIOBase):
         with lost_connection():
             return self.connection.recv_into(buffer)
 
-    def left(self) -> bool:
+    def client_left(self) -> bool:
         """Whether the client has closed its side, as far as that is seen behind MAX_AHEAD bytes from it."""
         if len(self.ahead) >= MAX_AHEAD:
             return False
@@ -924,7 +924,8 @@ class Body:
     """The body of a request, read once, by its length or chunk by chunk.
 
     Raises Refusal 413 beyond `limit` bytes, 400 when it ends early or is framed wrongly, 408 when it
-    comes too slowly. `before` is called ahead of the first read, to send 100 Continue.
+    comes too slowly. `before` is called ahead of the first read, to send 100 Continue. The connection's
+    thread reads it; the server's tick looks at `received`, which may be a moment old.
     """
 
     def __init__(
@@ -1439,7 +1440,7 @@ class Handler(Connection):
         while True:
             if self.server.over:
                 raise shutting_down()
-            if self.wire.left():  # also while segments come without a pause
+            if self.wire.client_left():  # also while segments come without a pause
                 raise ConnectionAbortedError
             try:
                 kind, *rest = job.events.get(timeout=POLL_SECONDS)
@@ -2250,7 +2251,8 @@ class Worker:
     `lock` guards all fields, and whoever holds it waits for nothing: an Outbox sends, a listener waits for
     the end. Methods with a leading underscore want it held, but for `_listen`, a thread. Without it are
     read `state`, `trouble`, `state_since`, `first_bytes` and `last_message`, for people and for
-    `still_fetching`, and `process` by the server's `on_signal`: an old value does no harm there.
+    `still_fetching`, and `process` by the server's `on_signal`: an old value does no harm there. The
+    server's `prepare` sets `state` before anybody asks.
     """
 
     ids: ClassVar[Iterator[int]] = itertools.count(1)
@@ -2567,10 +2569,9 @@ def child_main(pipe: Any, settings: Settings, model: str, given_up: str, retest:
 class Child:
     """The child process: reads messages, runs files, answers.
 
-    `send_lock` guards the pipe's writing end, `start_lock` guards `engine`, which the
-    reader of messages reads without it, once; `fetch_lock` lets one thread fetch.
-    `recordings` gets its entries from the thread that reads messages and loses each by the thread that
-    serves it, in single operations of a dict.
+    `send_lock` guards the pipe's writing end, `start_lock` guards `engine`, which the reader of messages
+    reads without it, once; `fetch_lock` lets one thread fetch. `recordings` gets its entries from the
+    thread that reads messages and loses each by the thread that serves it, in single operations of a dict.
     """
 
     def __init__(self, pipe: Any, settings: Settings, model: str, given_up: str, retest: bool) -> None:
