@@ -1503,6 +1503,102 @@ def test_parent_loads_neither_media_nor_model_libraries(server: Served) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
+# system: what Linux, macOS and Windows do each in their own way
+# ------------------------------------------------------------------------------------------------
+
+
+def test_localhost_is_answered_by_ipv6_too(server: Served, tmp_path: Path) -> None:
+    answer = httpx.post(
+        f"http://[::1]:{server.port}{AZURE}", files={"file": ("a.wav", ENGLISH.bytes)}, timeout=60
+    )
+    assert fox(answer.json()["text"])
+    with serving(tmp_path, HOST="127.0.0.2") as other, pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("::1", int(other.port)))
+
+
+def test_second_address_is_left_when_the_server_closes() -> None:
+    first = whisper_server.Server(Settings(port=0))
+    threading.Thread(target=first.serve_forever, daemon=True).start()
+    in_time(lambda: socket.create_connection(("::1", first.server_port)).close() or True)
+    first.shutdown()
+    first.server_close()
+    with socket.socket(socket.AF_INET6) as second:
+        in_time(lambda: not second.bind(("::1", first.server_port)), 5)
+
+
+def test_other_program_where_localhost_leads_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as other:
+        port = str(other.getsockname()[1])
+        with serving(tmp_path, PORT=port) as served:
+            assert re.search(
+                "WARNING not on ::1: Address already in use; another program has it", served.log()
+            )
+            assert served.health()["status"] == "ok"  # which is no error
+
+
+@pytest.mark.parametrize("host", ["::", "0.0.0.0"])
+def test_all_addresses_are_those_of_both_kinds(tmp_path: Path, host: str) -> None:
+    with serving(tmp_path, HOST=host) as served:
+        assert served.health()["status"] == "ok"
+        if host == "::":
+            assert httpx.get(f"http://[::1]:{served.port}/health").json()["status"] == "ok"
+
+
+def test_output_in_a_file_is_utf_8_whatever_the_code_page() -> None:
+    ended = program("--check", WHISPER_MODEL="音声", WHISPER_PORT="0", PYTHONIOENCODING="cp1252")
+    assert "BAD   model       The model is '音声', but must be" in ended.stdout, ended
+    assert "'音声'" in program(WHISPER_BEAM_SIZE="音声", PYTHONIOENCODING="cp1252").stderr
+
+
+@pytest.mark.parametrize(
+    "model", ["C:\\models\\large", "models\\large", "D:large", "./large", "~/large", "/large"]
+)
+def test_path_of_any_system_is_a_directory_and_no_name(model: str) -> None:
+    with pytest.raises(Refusal, match=r"directory .* lacks") as refused:
+        locate_model(model)
+    assert refused.value.code == "model_incomplete"
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "max 100000"}, 64),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({}, 64),
+    ],
+)
+def test_cores_are_those_of_the_control_group(
+    files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whisper_server, "ROOT", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(64))
+    for name, text in files.items():
+        (tmp_path / "sys/fs/cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sys/fs/cgroup" / name).write_text(text + "\n")
+    assert whisper_server.available_cores() == cores
+
+
+def test_missing_runtime_of_windows_is_named_with_its_cure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(whisper_server, "lacks_runtime", lambda: True)
+    found = bad_steps(capsys)["packages"]
+    assert "Visual C++" in found["text"] and found["cure"].endswith("vc_redist.x64.exe")
+    assert whisper_server.main([]) == 1
+    assert re.fullmatch(
+        "not installed: .*Visual C.. runtime.*install: https://aka.ms/.*\n", capsys.readouterr().err
+    )
+
+
+def test_windows_is_not_told_of_the_devices_of_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whisper_server, "WINDOWS", True)
+    gpu, (finding,) = find_gpu(True)
+    assert gpu is None and "Windows" in finding.text and "/dev" not in finding.text + finding.cure
+
+
+# ------------------------------------------------------------------------------------------------
 # model files: a directory, the cache, the Hub, the package index
 # ------------------------------------------------------------------------------------------------
 
@@ -1806,6 +1902,29 @@ def test_model_comes_from_the_hub_and_a_broken_download_goes_on(
         third.wait_for("found in")
         assert fox(third.post().json()["text"])
     assert len(hub.asked) == before  # what is complete is not asked for again
+
+
+NO_LINKS = """
+import os
+def refuse(*arguments, **options):
+    raise OSError(1314, "A required privilege is not held by the client")
+os.symlink = refuse
+"""
+
+
+def test_model_is_on_the_disk_once_where_links_are_not_allowed(
+    hub: Hub, cut_off: dict[str, str], tmp_path: Path
+) -> None:
+    """As on Windows, where huggingface_hub copies what is among its blobs."""
+    hub.break_at = [100_000_000]
+    with serving(tmp_path, patch=NO_LINKS, **cut_off) as served:
+        served.wait_for("files are in", 120)
+        assert fox(served.post().json()["text"])
+    cache = Path(cut_off["HF_HOME"], "hub/models--Systran--faster-whisper-base")
+    revision = str(whisper_server.MODELS["base"][1])
+    large = [file for file in cache.rglob("*") if file.is_file() and file.stat().st_size > 10_000_000]
+    assert large == [cache / "snapshots" / revision / "model.bin"]
+    assert [span == "" for span in hub.ranges()] == [True, False]  # it went on, and was not fetched twice
 
 
 @pytest.mark.parametrize("size", [1_000_000, 200_000_000], ids=["shorter", "longer than the whole"])

@@ -398,7 +398,7 @@ def language_code(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------
-# system: what Linux, macOS and Windows do each in their own way; nobody else asks which of them it is
+# system: what Linux, macOS and Windows do each in their own way; only `find_gpu` asks that, too
 # ------------------------------------------------------------------------------------------------
 
 ROOT = Path("/")  # above dev, opt, proc, sys and usr; the tests put a machine of their own here
@@ -424,7 +424,7 @@ def write_utf8() -> None:
 def end_descendants_with_me() -> None:
     """On Windows: whatever this process begins is ended by the system when it has ended, however that was.
 
-    Elsewhere a child sees that its pipe has ended, and a throw-away process asks for a signal.
+    Elsewhere a child sees that its pipe has ended; a throw-away process has `end_with_beginner`.
     """
     if sys.platform == "win32":
         kernel, me = ctypes.WinDLL("kernel32", use_last_error=True), ctypes.c_void_p(CURRENT_PROCESS)
@@ -437,6 +437,32 @@ def end_descendants_with_me() -> None:
         if not done or not kernel.AssignProcessToJobObject(job, me):
             trouble = ctypes.WinError(ctypes.get_last_error())
             log.warning("what this server begins may outlive it: there is no job object: %s", trouble)
+
+
+def end_with_beginner() -> None:
+    """End this process when the one that began it ends; now, if it has. (No thread that watches: a driver
+    may hang with the interpreter's lock.)
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    beginner = multiprocessing.parent_process()
+    if beginner and beginner.pid != os.getppid():
+        os._exit(1)
+
+
+def reap_orphan(before: int) -> int:
+    """Wait for what a dead child had begun, such as pip: a container's first process inherits it.
+
+    `before` is what the last call returned, the id of a process that had ended, or 0: one of our own would
+    have been waited for by its listener meanwhile.
+    """
+    if sys.platform != "win32":
+        with contextlib.suppress(ChildProcessError):
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended and ended.si_pid == before:
+                os.waitpid(before, 0)
+            return ended.si_pid if ended else 0
+    return 0
 
 
 def end_process(code: int) -> NoReturn:
@@ -2099,7 +2125,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.present: dict[Handler, None] = {}  # requests in work, the oldest first
         self.connections: dict[socket.socket, bool] = {}  # connection -> idle
         self.draining, self.over = False, False  # no request enters; those in work are refused
-        self.zombie = 0  # process id of the one that `reap` saw last
+        self.zombie = 0  # what `reap_orphan` saw last
         self.seconds_each = 2.0  # recent mean time of a request, for Retry-After
         self.beside: socket.socket | None = None  # listens on ::1
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
@@ -2260,19 +2286,9 @@ class Server(http.server.ThreadingHTTPServer):
             slow += list(self.present)
             self.progress.show({one: one.underway() for one in slow})
             if IS_INIT:
-                self.reap()
+                self.zombie = reap_orphan(self.zombie)
         except Exception:  # which would end serve_forever
             log.exception("looking after the workers failed")
-
-    def reap(self) -> None:
-        """Wait for what a dead worker had begun, such as pip: a container's first process inherits it."""
-        if sys.platform == "win32":
-            return
-        with contextlib.suppress(ChildProcessError):
-            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            before, self.zombie = self.zombie, ended.si_pid if ended else 0
-            if ended and ended.si_pid == before:  # a worker's listener would have taken it by now
-                os.waitpid(ended.si_pid, 0)
 
     def drain(self) -> None:
         """Take no new requests, let those in work finish, then end serve_forever."""
@@ -4556,11 +4572,7 @@ def in_throwaway(
 
 def throwaway(pipe: Any, environment: dict[str, str], function: Callable[..., Any], arguments: Any) -> None:
     """The throw-away process's whole life. The environment stands before any GPU library is loaded."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the one that began it
-    beginner = multiprocessing.parent_process()
-    if beginner and beginner.pid != os.getppid():
-        os._exit(1)  # which has ended already
+    end_with_beginner()
     os.environ |= environment
     with contextlib.suppress(OSError):  # without a console there are none
         os.dup2(2, 1)  # --check --json alone writes to stdout
