@@ -1518,9 +1518,11 @@ def test_localhost_is_answered_by_ipv6_too(server: Served, tmp_path: Path) -> No
 
 def test_second_address_is_left_when_the_server_closes() -> None:
     first = whisper_server.Server(Settings(port=0))
-    threading.Thread(target=first.serve_forever, daemon=True).start()
+    serving = threading.Thread(target=first.serve_forever, daemon=True)
+    serving.start()
     in_time(lambda: socket.create_connection(("::1", first.server_port)).close() or True)
-    first.shutdown()
+    first.drain()
+    serving.join()
     first.server_close()
     with socket.socket(socket.AF_INET6) as second:
         in_time(lambda: not second.bind(("::1", first.server_port)), 5)
@@ -4088,11 +4090,11 @@ def test_idle_connections_make_room_for_new_ones(hurried: Served) -> None:
 def test_connections_are_capped_when_none_is_idle(hurried: Served) -> None:
     with contextlib.ExitStack() as held:
         tasks = Path(f"/proc/{hurried.pid}/task")
-        in_time(lambda: len(list(tasks.iterdir())) == 2)  # one for each address
+        in_time(lambda: len(list(tasks.iterdir())) == 1)
         for _ in range(8):
             connection = held.enter_context(connect(hurried))
             connection.sendall(b"GET /health HTTP/1.1\r\n")
-        in_time(lambda: len(list(tasks.iterdir())) == 10)  # all of them have begun; after 2 s they are cut
+        in_time(lambda: len(list(tasks.iterdir())) == 9)  # all of them have begun; after 2 s they are cut
         with connect(hurried) as one_more:
             data = ended(one_more)
         assert statuses(data) == [503] and b"Connection: close" in data

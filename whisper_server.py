@@ -62,6 +62,7 @@ import os
 import platform
 import queue
 import re
+import selectors
 import shutil
 import signal
 import socket
@@ -456,7 +457,7 @@ def reap_orphan(before: int) -> int:
     `before` is what the last call returned, the id of a process that had ended, or 0: one of our own would
     have been waited for by its listener meanwhile.
     """
-    if sys.platform != "win32":
+    if sys.platform == "linux":
         with contextlib.suppress(ChildProcessError):
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if ended and ended.si_pid == before:
@@ -2125,14 +2126,13 @@ class Server(http.server.ThreadingHTTPServer):
         self.present: dict[Handler, None] = {}  # requests in work, the oldest first
         self.connections: dict[socket.socket, bool] = {}  # connection -> idle
         self.draining, self.over = False, False  # no request enters; those in work are refused
+        self.drained = False  # and none is left, or not for us
         self.zombie = 0  # what `reap_orphan` saw last
         self.seconds_each = 2.0  # recent mean time of a request, for Retry-After
-        self.beside: socket.socket | None = None  # listens on ::1
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         super().__init__((settings.host, settings.port), Handler)
         self.loopback = ipaddress.ip_address(str(self.server_address[0])).is_loopback
-        if self.server_name == "127.0.0.1":
-            self.beside = self.listen_beside()
+        self.listening = [self.socket, *self.listen_beside()]
 
     def server_bind(self) -> None:
         """Bind without http.server's look-up of the host's full name, which may hang for seconds."""
@@ -2140,54 +2140,41 @@ class Server(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
-    def listen_beside(self) -> socket.socket | None:
-        """A socket on ::1, where `localhost` leads first; None where there is none to have.
+    def listen_beside(self) -> list[socket.socket]:
+        """A socket on ::1 beside one on 127.0.0.1, if it can be had: `localhost` leads there first.
 
         Without it each connection costs 2 s on Windows (cpython#106130), and Node 18 makes none where
         /etc/hosts has `::1 localhost`.
         """
-        beside = None
+        if self.server_name != "127.0.0.1":
+            return []
         try:
-            beside = socket.socket(socket.AF_INET6)
-            own_address(beside)
-            beside.bind(("::1", self.server_port))
-            beside.listen(self.request_queue_size)
-            beside.settimeout(0.5)  # for the end to be seen
-            return beside
+            with socket.socket(socket.AF_INET6) as beside:
+                own_address(beside)
+                beside.bind(("::1", self.server_port))
+                beside.listen(self.request_queue_size)
+                return [socket.socket(fileno=beside.detach())]
         except OSError as error:
-            taken = "; another program has it, and `localhost` may lead there"
-            hint = taken if error.errno in (errno.EADDRINUSE, errno.EACCES) else ""
-            log.log(logging.WARNING if hint else logging.DEBUG, "not on ::1: %s%s", reason(error), hint)
-            if beside:
-                beside.close()
-            return None
+            taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
+            hint = "; another program has it, and `localhost` may lead there" if taken else ""
+            log.log(logging.WARNING if taken else logging.DEBUG, "not on ::1: %s%s", reason(error), hint)
+            return []
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Take connections until `shutdown`."""
-        if self.beside:
-            threading.Thread(target=self.serve_beside, args=(self.beside,), daemon=True).start()
-        super().serve_forever(poll_interval)
-
-    def serve_beside(self, beside: socket.socket) -> None:
-        """Take those at the second address until it is closed."""
-        while beside.fileno() >= 0:
-            try:
-                request, client_address = beside.accept()
-                try:
-                    self.process_request(request, client_address)
-                except Exception:
-                    self.handle_error(request, client_address)
-                    self.shutdown_request(request)
-            except TimeoutError:
-                pass
-            except OSError:  # as in `get_request`
-                time.sleep(0.1)
+        """Take connections until `drain` is through. (socketserver's own looks at one socket alone.)"""
+        with selectors.DefaultSelector() as selector:
+            for listening in self.listening:
+                selector.register(listening, selectors.EVENT_READ, listening)
+            while not self.drained:
+                for key, _ in selector.select(poll_interval):
+                    self.accept(key.data)
+                self.service_actions()
 
     def server_close(self) -> None:
         """Listen no more."""
         super().server_close()
-        if self.beside:
-            self.beside.close()
+        for listening in getattr(self, "listening", ()):  # not there if the first could not be bound
+            listening.close()
 
     def worker(self, model: str) -> Worker:
         """The worker of a model; its process starts with its first job."""
@@ -2239,13 +2226,18 @@ class Server(http.server.ThreadingHTTPServer):
                 del self.connections[connection]  # so that the longest idle one comes first
                 self.connections[connection] = waiting
 
-    def get_request(self) -> tuple[socket.socket, Any]:
+    def accept(self, listening: socket.socket) -> None:
         """Accept a connection; without a free descriptor wait a little instead of spinning."""
         try:
-            return super().get_request()
+            request, client_address = listening.accept()
         except OSError:
             time.sleep(0.1)
-            raise
+            return
+        try:
+            self.process_request(request, client_address)
+        except Exception:  # no thread is left
+            self.handle_error(request, client_address)
+            self.shutdown_request(request)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread for a connection, if there is room."""
@@ -2306,7 +2298,7 @@ class Server(http.server.ThreadingHTTPServer):
                         one.connection.shutdown(socket.SHUT_RD)
             self.wait_for_requests(CUT_SECONDS)
         time.sleep(0.05)  # the last answer is on its way
-        self.shutdown()
+        self.drained = True
 
     def wait_for_requests(self, seconds: float) -> None:
         """Wait until no request is in work, but not longer than so."""
