@@ -1594,6 +1594,17 @@ def test_missing_runtime_of_windows_is_named_with_its_cure(
     )
 
 
+def test_path_that_windows_may_find_too_long_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(whisper_server, "WINDOWS", True)
+    for folder, named in (("c" * 200, True), ("c", False)):
+        monkeypatch.setenv("HF_HUB_CACHE", f"/{folder}")
+        with pytest.raises(Refusal) as refused:
+            whisper_server.fetch_model("base", True, lambda done, size: None)
+        assert ("HF_HOME names a shorter one" in refused.value.message) == named
+
+
 def test_windows_is_not_told_of_the_devices_of_linux(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whisper_server, "WINDOWS", True)
     gpu, (finding,) = find_gpu(True)

