@@ -405,6 +405,7 @@ def language_code(text: str) -> str:
 ROOT = Path("/")  # above dev, opt, proc, sys and usr; the tests put a machine of their own here
 WINDOWS = sys.platform == "win32"  # for words alone; a branch names sys.platform, for the type checker
 LAUNCHER, LISTENERS = ("run.cmd", "netstat -ano") if WINDOWS else ("./run.sh", "ss -ltnp")
+CURL = "curl.exe" if WINDOWS else "curl"  # PowerShell calls something else `curl`
 # What ends a server, as far as the system has it: on Windows Ctrl-Break sends SIGBREAK.
 ENDINGS = {one for one in signal.Signals if one.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK")}
 CURRENT_PROCESS = -1  # what Windows' GetCurrentProcess returns
@@ -2341,7 +2342,7 @@ class Server(http.server.ThreadingHTTPServer):
             log.warning("anybody who reaches %s may use this server: WHISPER_API_KEYS is not set", host)
         deployment = quote(next(iter(settings.deployments), "whisper-1"), safe="")
         path = f"/openai/deployments/{deployment}/audio/transcriptions"
-        log.info("try: %s", self.command(self.url, path, "azure"))
+        log.info("try: %s", self.command(self.url, path, "azure").replace("curl", CURL, 1))
 
     def command(self, url: str, path: str, profile: Profile) -> str:
         """The curl that a person may try at a route for sound."""
