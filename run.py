@@ -51,7 +51,7 @@ CAUSES = {  # what pip writes: what it means and what helps. The first that fits
     "after connection broken": "the package index cannot be reached (see above); another start goes on",
     "No matching distribution|[Ff]ailed (to build|building)|metadata-generation-failed": "a package has no "
     f"build for {sysconfig.get_platform()} with Python {sys.version.split(' (')[0]}. The usual Pythons of "
-    "64-bit Windows, macOS and Linux have one; Alpine, 32 bits, free-threaded Pythons and the very newest may not. "
+    "64-bit Windows, macOS and Linux have one; Alpine, 32 bits, free-threaded and brand-new Pythons may not. "
     "To choose another: PYTHON=python3.12 ./run.sh",
     "": "the packages could not be installed (see above); another start goes on",
 }
