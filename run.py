@@ -129,7 +129,7 @@ def watch(command: list[str], shown: str = "^$") -> tuple[int, list[str]]:
 
 def pip(*arguments: str) -> None:
     command = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
-    code, lines = watch(command, r"Downloading .* MB\)|^WARNING: ")
+    code, lines = watch(command, r"Downloading .* MB\)|^WARNING: Retrying")
     if code:
         words, cause = next((words, CAUSES[words]) for words in CAUSES if re.search(words, "".join(lines)))
         errors = [line for line in lines if line.startswith("ERROR: ")]
