@@ -38,8 +38,10 @@ if not errorlevel 1 >&2 echo run: the "python" here only leads to the Microsoft 
 :end
 rem Started by a double click, the window would close before anyone has read why.
 if %status%==0 exit /b 0
-set "line=%cmdcmdline:"=%"
-set "line=%line:* /c =%"
-if /i "%line%"=="%~f0 " pause
-if /i "%line%"=="%~f0" pause
+set "self=%~f0"
+setlocal EnableDelayedExpansion
+set "line=!cmdcmdline:"=!"
+set "line=!line:* /c =!"
+if /i "!line!"=="!self! " pause
+if /i "!line!"=="!self!" pause
 exit /b %status%

@@ -28,9 +28,10 @@ if sys.platform == "win32":
 else:
     import fcntl
 
+CHOICE = "set PYTHON=py -3.12, then run.cmd" if sys.platform == "win32" else "PYTHON=python3.12 ./run.sh"
 if sys.version_info < (3, 10):  # noqa: UP036
     old = "{} is {}.{}".format(sys.executable, *sys.version_info)
-    sys.exit("run: Python 3.10 or newer is needed, and " + old + ": choose as in PYTHON=python3.12 ./run.sh")
+    sys.exit("run: Python 3.10 or newer is needed, and " + old + ". To choose another: " + CHOICE)
 
 HERE = Path(__file__).resolve().parent
 IN_IMAGE = os.environ.get("WHISPER_IN_IMAGE") == "1"
@@ -52,7 +53,7 @@ CAUSES = {  # what pip writes: what it means and what helps. The first that fits
     "No matching distribution|[Ff]ailed (to build|building)|metadata-generation-failed": "a package has no "
     f"build for {sysconfig.get_platform()} with Python {sys.version.split(' (')[0]}. The usual Pythons of "
     "64-bit Windows, macOS and Linux have one; Alpine, 32 bits, free-threaded and brand-new Pythons may not. "
-    "To choose another: PYTHON=python3.12 ./run.sh",
+    f"To choose another: {CHOICE}",
     "": "the packages could not be installed (see above); another start goes on",
 }
 
@@ -197,10 +198,10 @@ def locked(file: int) -> bool:
             msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
         else:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+    except BlockingIOError:
         return False
     except OSError:
-        pass  # some network file systems have no locks
+        return sys.platform != "win32"  # there: held; elsewhere: a network's file system, without locks
     return True
 
 

@@ -271,7 +271,7 @@ def test_python_that_is_too_old(ready: Place, tmp_path: Path) -> None:
     old.chmod(0o755)
     code, out, told = ready.start(PATH=f"{tmp_path}:{ready.environment['PATH']}", PYTHON="")
     assert (code, out) == (1, "")
-    wanted = r"run: Python 3\.10 or newer is needed, and \S+ is 3\.8: choose as in PYTHON=\S+ \./run\.sh\n"
+    wanted = r"run: Python 3\.10 or newer is needed, and \S+ is 3\.8\. To choose .*PYTHON=\S+ \./run\.sh\n"
     assert re.fullmatch(wanted, told), told
 
 

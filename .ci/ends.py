@@ -16,6 +16,7 @@ import psutil
 
 RUN = Path(__file__).resolve().parent.parent / "run.py"
 GROUP = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+LOGS = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 SOFT_STOP = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT)
 
 
@@ -24,19 +25,20 @@ class Started:
 
     def __init__(self, port: int) -> None:
         self.port = port
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115
+        log, name = tempfile.mkstemp(dir=LOGS.name)
+        self.log = Path(name)
         self.launcher = subprocess.Popen(
             [sys.executable, str(RUN), "--port", str(port)],
             env={**os.environ, "WHISPER_MODEL": "base", "WHISPER_PRELOAD": "1"},
             stdin=subprocess.DEVNULL,
-            stdout=self.log,
-            stderr=self.log,
+            stdout=log,
+            stderr=log,
             creationflags=GROUP,
         )
+        os.close(log)
 
     def said(self) -> str:
-        self.log.seek(0)
-        return self.log.read().decode("utf-8", "replace")
+        return self.log.read_text("utf-8", "replace")
 
     def wait_for(self, words: str) -> None:
         for _ in range(1200):
