@@ -8,7 +8,8 @@ die() {
   exit 1
 }
 
-self=$(readlink -f -- "$0") && [ -f "$self" ] || die "this script has to be started as a file: /where/it/is/run.sh"
+self=$(readlink -f -- "$0")
+[ "${self##*/}" = run.sh ] || die "this script has to be started as a file: /where/it/is/run.sh" # not bash < run.sh
 python=${PYTHON:-python3}
 [ "${WHISPER_IN_IMAGE-}" != 1 ] || python=/opt/venv/bin/python
 command -v "$python" >/dev/null ||

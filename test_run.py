@@ -234,8 +234,9 @@ def test_shells(ready: Place, shell: list[str]) -> None:
     assert ready.served(*command)["arguments"] == ["--a", "b c", ""]
 
 
-def test_shell_that_reads_the_script_from_a_pipe_is_told_how(ready: Place) -> None:
-    code, out, told = ready.start("sh", "-c", "bash < run.sh")
+@pytest.mark.parametrize("shell", ["bash", "/bin/bash", "sh -s"])
+def test_shell_that_is_fed_the_script_says_how_to_start_it(ready: Place, shell: str) -> None:
+    code, out, told = ready.start("sh", "-c", f"{shell} < run.sh")
     assert (code, out) == (1, "")
     assert told == "run: this script has to be started as a file: /where/it/is/run.sh\n"
 
