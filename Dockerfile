@@ -20,7 +20,7 @@ RUN python3 -m venv /opt/venv \
     && find /opt/venv -type d -name tests -prune -exec rm -rf {} + \
     && useradd --uid 10001 --no-create-home --home-dir /cache whisper \
     && install --directory --owner=whisper --mode=0777 /cache
-COPY index.html run.sh whisper_server.py /app/
+COPY index.html run.py run.sh whisper_server.py /app/
 ENV WHISPER_IN_IMAGE=1 WHISPER_HOST=0.0.0.0 WHISPER_PORT=8000 \
     HOME=/cache XDG_CACHE_HOME=/cache HF_HOME=/cache/huggingface \
     HF_HUB_DISABLE_TELEMETRY=1 DO_NOT_TRACK=1 ORT_DISABLE_TELEMETRY=1 \
@@ -103,7 +103,7 @@ RUN python3 -m venv /opt/venv \
     && ldconfig \
     && useradd --uid 10001 --no-create-home --home-dir /cache whisper \
     && install --directory --owner=whisper --mode=0777 /cache
-COPY index.html run.sh whisper_server.py /app/
+COPY index.html run.py run.sh whisper_server.py /app/
 ENV WHISPER_IN_IMAGE=1 WHISPER_HOST=0.0.0.0 WHISPER_PORT=8000 \
     HOME=/cache XDG_CACHE_HOME=/cache HF_HOME=/cache/huggingface \
     HF_HUB_DISABLE_TELEMETRY=1 DO_NOT_TRACK=1 ORT_DISABLE_TELEMETRY=1 \
