@@ -114,6 +114,11 @@ from whisper_server import (
 )
 
 HERE = Path(__file__).parent
+# .ci/windows has the tests drive a Windows server: its Python, and its folder as Windows names it.
+WINE = "WHISPER_TEST_PYTHON" in os.environ
+PYTHON = os.environ.get("WHISPER_TEST_PYTHON", sys.executable)
+FOLDER = os.environ.get("WHISPER_TEST_FOLDER", str(HERE))
+PROGRAM = FOLDER + ("\\" if WINE else "/") + "whisper_server.py"
 SAMPLES = Path(pytest_audioeval.__path__[0]) / "samples" / "audio"
 AZURE = "/openai/deployments/whisper/audio/transcriptions?api-version=2024-10-21"
 AZURE_TRANSLATIONS = AZURE.replace("transcriptions", "translations")
@@ -157,6 +162,16 @@ def wrong(heard: str, said: str) -> float:
 # ------------------------------------------------------------------------------------------------
 # the server as a process
 # ------------------------------------------------------------------------------------------------
+
+
+def there(path: Path | str) -> str:
+    """A path as the server names it: Wine has this machine's files on a drive of their own."""
+    return "Z:" + str(path).replace("/", "\\") if WINE else str(path)
+
+
+def here(path: str) -> Path:
+    """A path that the server names, as this machine does."""
+    return Path(path.removeprefix("Z:").replace("\\", "/") if WINE else path)
 
 
 class Served:
@@ -212,13 +227,12 @@ class Served:
             return got
 
     def child(self) -> int | None:
-        """Process id of the worker, if there is one."""
-        for path in Path("/proc").glob("[0-9]*/stat"):
+        """Process id of the worker, if there is one; it is known by its environment."""
+        for path in Path("/proc").glob("[0-9]*/environ"):
             with contextlib.suppress(OSError):
-                pid, parent = path.parent.name, path.read_text().rsplit(")", 1)[1].split()[1]
-                command = (path.parent / "cmdline").read_bytes()
-                if int(parent) == self.pid and b"spawn_main" in command:
-                    return int(pid)
+                ours = f"SERVED={self.log_file}\0".encode() in path.read_bytes()
+                if ours and b"spawn_main" in (path.parent / "cmdline").read_bytes():
+                    return int(path.parent.name)
         return None
 
 
@@ -241,16 +255,18 @@ def serving(
     made small, or a fault put in. `before` is a command that runs the program in its turn.
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WHISPER_")}
-    environment |= {"WHISPER_MODEL": "base", "WHISPER_PORT": "0"}
+    log = directory / "server.log"
+    environment |= {"WHISPER_MODEL": "base", "WHISPER_PORT": "0", "SERVED": str(log)}
     for name, value in settings.items():
         environment[name if name.startswith(("HF_", "PIP_")) else "WHISPER_" + name] = value
-    log = directory / "server.log"
+    if WINE:
+        environment["HF_HOME"] = there(environment.get("HF_HOME") or Path.home() / ".cache/huggingface")
     with log.open("w") as stderr:
-        program = HERE / "whisper_server.py"
+        program = PROGRAM
         if patch:
-            program = directory / "patched.py"
-            program.write_text(PATCHED.format(here=str(HERE), patch=textwrap.dedent(patch)))
-        command = [*before, sys.executable, str(program), *arguments]
+            (directory / "patched.py").write_text(PATCHED.format(here=FOLDER, patch=textwrap.dedent(patch)))
+            program = there(directory / "patched.py")
+        command = [*before, PYTHON, program, *arguments]
         process = subprocess.Popen(command, env=environment, stderr=stderr, text=True)
     try:
         yield Served(process, log)
@@ -2163,7 +2179,7 @@ def test_keys_that_would_let_everybody_or_nobody_in_are_refused(keys: str) -> No
 
 def program(*flags: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """The program where it ends by itself."""
-    command = [sys.executable, str(HERE / "whisper_server.py"), *flags]
+    command = [PYTHON, PROGRAM, *flags]
     return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=30)
 
 
@@ -2249,7 +2265,7 @@ FILE_TYPES = "['flac', 'm4a', 'mp3', 'mp4', 'mpeg', 'mpga', 'oga', 'ogg', 'wav',
 def named(server: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server with deployments of its own; `copy` stands for a second model, a copy of the first."""
     copy = copy_model(tmp_path_factory.mktemp("copy") / "model")
-    names = f"whisper,my dep,été,a/b=base,copy={copy}"
+    names = f"whisper,my dep,été,a/b=base,copy={there(copy)}"
     with serving(tmp_path_factory.mktemp("named"), DEPLOYMENTS=names) as served:
         yield served
 
