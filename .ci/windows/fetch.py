@@ -6,12 +6,14 @@
 """
 
 import hashlib
+import logging
 import sys
 from pathlib import Path
 
 from pip._internal.commands import create_command
 
 name, version, sha256, directory = sys.argv[1:]
+logging.disable(logging.WARNING)  # of an index that lacks it
 command = create_command("download")
 options, _ = command.parse_args(["--no-binary", ":all:", "--no-deps", name])
 with command.main_context():
