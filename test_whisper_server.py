@@ -114,8 +114,8 @@ from whisper_server import (
 )
 
 HERE = Path(__file__).parent
-# .ci/windows has the tests drive a Windows server: its Python, and its folder as Windows names it. No server may
-# see these variables, for it would warn of misspelt settings.
+# .ci/windows has the tests drive a Windows server: its Python, and its folder as Windows names it. No server
+# may see these variables, for it would warn of misspelt settings.
 WINE = "WHISPER_TEST_PYTHON" in os.environ
 PYTHON = os.environ.pop("WHISPER_TEST_PYTHON", sys.executable)
 FOLDER = os.environ.pop("WHISPER_TEST_FOLDER", str(HERE))
@@ -631,6 +631,7 @@ def test_names_of_all_languages() -> None:
 # ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.unix
 def test_memory_stays_flat_under_a_large_upload(server: Served) -> None:
     def peak() -> int:
         status = Path(f"/proc/{server.process.pid}/status").read_text()
@@ -1524,6 +1525,7 @@ def test_first_request_loads_the_model_and_idleness_ends_it(server: Served, tmp_
         assert state.get("device", "cpu") == "cpu"
 
 
+@pytest.mark.unix
 def test_parent_loads_neither_media_nor_model_libraries(server: Served) -> None:
     assert fox(server.post().json()["text"])
     libraries = re.compile(r"numpy|libav|ctranslate2|onnxruntime")
@@ -3455,6 +3457,7 @@ def test_what_fails_at_once_is_no_stream(server: Served) -> None:
     assert refused(server.post(language="xx", stream="true"), 400)["param"] == "language"
 
 
+@pytest.mark.unix
 def test_comments_while_nothing_is_ready(server: Served) -> None:
     """A worker that stands still keeps the stream waiting; comments keep it alive, and the SDK skips them."""
     assert is_json(server.post())  # so that there is a worker
@@ -4127,6 +4130,7 @@ def test_idle_connections_make_room_for_new_ones(hurried: Served) -> None:
             assert statuses(answered(connection)) == [200]
 
 
+@pytest.mark.unix
 def test_connections_are_capped_when_none_is_idle(hurried: Served) -> None:
     with contextlib.ExitStack() as held:
         tasks = Path(f"/proc/{hurried.pid}/task")
@@ -4167,6 +4171,7 @@ def test_answer_to_a_client_that_reads_slowly_is_whole(tmp_path: Path) -> None:
     assert size > 40_000_000
 
 
+@pytest.mark.unix
 def test_client_that_never_reads_its_answer_is_cut(tmp_path: Path) -> None:
     with serving(tmp_path, patch=LONG_PAGE) as served:
         tasks = Path(f"/proc/{served.process.pid}/task")
@@ -4322,6 +4327,7 @@ def test_upload_and_download_tell_how_far_they_are(hub: Hub, cut_off: dict[str, 
         assert b"\r" not in served.log_file.read_bytes()  # no bar of any library
 
 
+@pytest.mark.unix
 def test_terminal_has_one_line_that_is_written_over(tmp_path: Path) -> None:
     with serving(tmp_path, patch=WORDY + SLOW, VAD="0"):
         pass  # which leaves the program behind
@@ -5290,6 +5296,7 @@ if __name__ != "__main__":
 """
 
 
+@pytest.mark.unix
 def test_worker_that_hangs_is_ended_and_its_request_done_again(tmp_path: Path) -> None:
     with serving(tmp_path, patch=IMPATIENT, VAD="0") as served:
         assert words(served) == 1
@@ -5301,6 +5308,7 @@ def test_worker_that_hangs_is_ended_and_its_request_done_again(tmp_path: Path) -
         assert words(served) == 1
 
 
+@pytest.mark.unix
 def test_worker_that_hangs_after_a_fetch_is_ended(tmp_path: Path) -> None:
     fetching = """
 whisper_server.locate_model = lambda model: None
@@ -5313,6 +5321,7 @@ whisper_server.fetch_model = lambda model, offline, progress: whisper_server.Pat
         assert words(served) == 1 and "hangs; ending it" in served.log()
 
 
+@pytest.mark.unix
 def test_health_answers_while_a_hung_worker_reads_nothing(tmp_path: Path) -> None:
     held = "\nsoon = whisper_server.Worker.tick\n"
     held += "whisper_server.Worker.tick = lambda self: soon(self) if OPEN.exists() else None\n"
@@ -5407,6 +5416,7 @@ look, whisper_server.Worker.tick = whisper_server.Worker.tick, tick
 
 
 @pytest.mark.slow
+@pytest.mark.unix
 def test_two_files_are_decoded_at_a_time_in_little_memory_and_a_clip_passes(tmp_path: Path) -> None:
     patch = (
         WORDY
@@ -5624,6 +5634,7 @@ def test_request_that_would_not_end_holds_up_no_end_of_the_server(tmp_path: Path
 CUT = "whisper_server.GRACE_SECONDS = 1\n"
 
 
+@pytest.mark.unix
 def test_server_ends_though_a_worker_stands_still_with_its_pipe_full(tmp_path: Path) -> None:
     """Who sent to it held the worker's lock, and the end of the server waited for that."""
     with serving(tmp_path, patch=WORDY + CUT, VAD="0") as served:
@@ -5655,6 +5666,7 @@ def test_stream_and_upload_that_are_cut_hear_why(tmp_path: Path) -> None:
         assert served.process.wait(15) == 0 and "upload from 127.0.0.1" in served.log()
 
 
+@pytest.mark.unix
 def test_hangup_drains_unless_it_was_ignored_at_the_start(tmp_path: Path) -> None:
     with serving(tmp_path, patch=WORDY, VAD="0") as served:
         served.process.send_signal(signal.SIGHUP)
@@ -5673,6 +5685,7 @@ def first_process() -> list[str]:
     return []
 
 
+@pytest.mark.unix
 def test_first_process_of_a_container_ends_on_a_signal_and_keeps_no_zombie(tmp_path: Path) -> None:
     patch = """
 import ctypes, subprocess
@@ -6122,6 +6135,7 @@ sys.meta_path.insert(0, Watch())
 """
 
 
+@pytest.mark.unix
 def test_gpu_that_hears_what_the_cpu_hears_is_used(server: Served, tmp_path: Path) -> None:
     patch = made_up(tmp_path, WATCH_IMPORT)
     with serving(tmp_path, patch=patch) as served:
@@ -6160,6 +6174,7 @@ def hear(directory, device, compute_type, threads, runs, plain=hear):
 """
 
 
+@pytest.mark.unix
 def test_gpu_that_hears_wrongly_is_not_used(server: Served, tmp_path: Path) -> None:
     one_try = 'WRONG = len\nwhisper_server.GPU_TYPES = ("int8",)\n'
     one_try += 'whisper_server.OVERRIDES = {"gfx1103": ("11.0.2",)}\n'
@@ -6179,6 +6194,7 @@ def test_gpu_that_hears_wrongly_is_not_used(server: Served, tmp_path: Path) -> N
         assert served.health()["models"]["base"]["state"] == "unavailable"
 
 
+@pytest.mark.unix
 def test_gpu_that_is_wrong_in_int8_alone_is_used_with_16_bits(server: Served, tmp_path: Path) -> None:
     """32 bits, as long as the GPU is a CPU."""
     patch = made_up(tmp_path, DEAF + 'WRONG = lambda compute_type: compute_type == "int8"')
@@ -6201,6 +6217,7 @@ FAULTS: dict[str, tuple[str, str, str, int]] = {  # a function, its body, why th
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.unix
 def test_gpu_that_fails_its_test_leads_to_the_cpu(tmp_path: Path, fault: str) -> None:
     function, body, why, tries = FAULTS[fault]
     if function != "probe()":
@@ -6223,6 +6240,7 @@ whisper_server.in_throwaway = in_throwaway
         in_time(lambda: len(psutil.Process(served.child()).children()) == 0)  # nor is a hanging one left
 
 
+@pytest.mark.unix
 def test_gpu_is_asked_for_and_there_is_none(tmp_path: Path) -> None:
     code = "whisper_server.ROOT = Path('/nowhere')"
     with serving(tmp_path, patch=on_a_machine(tmp_path, code), VAD="0", DEVICE="gpu") as served:
@@ -6234,6 +6252,7 @@ def test_gpu_is_asked_for_and_there_is_none(tmp_path: Path) -> None:
         assert words(served) == 1 and "neither" in served.health()["models"]["base"]["why"]
 
 
+@pytest.mark.unix
 def test_server_that_dies_during_a_self_test_leaves_no_process(tmp_path: Path) -> None:
     code = "def probe():\n    time.sleep(1000)\n"
     with serving(tmp_path, patch=on_a_machine(tmp_path, code), VAD="0") as served, connect(served) as one:
@@ -6279,6 +6298,7 @@ FULL: dict[str, tuple[str, dict[str, Any]]] = {  # how full; what is known of th
 
 
 @pytest.mark.parametrize("full", FULL)
+@pytest.mark.unix
 def test_gpu_memory_ends_fewer_windows_then_one_beam_then_the_cpu(
     server: Served, tmp_path: Path, full: str
 ) -> None:
@@ -6297,6 +6317,7 @@ def test_gpu_memory_ends_fewer_windows_then_one_beam_then_the_cpu(
             assert "out of memory; using the CPU from now on" in served.log()
 
 
+@pytest.mark.unix
 def test_gpu_without_room_for_the_model_leads_to_the_cpu(server: Served, tmp_path: Path) -> None:
     with serving(tmp_path, patch=made_up(tmp_path, FULL_GPU + "NO_ROOM = True")) as served:
         assert heard_right(served)
@@ -6304,6 +6325,7 @@ def test_gpu_without_room_for_the_model_leads_to_the_cpu(server: Served, tmp_pat
         assert state["device"] == "cpu" and "out of memory" in state["why"]
 
 
+@pytest.mark.unix
 def test_gpu_that_was_asked_for_fails_loudly_without_memory(server: Served, tmp_path: Path) -> None:
     with serving(tmp_path, patch=made_up(tmp_path, FULL_GPU + "WINDOWS = 0"), DEVICE="gpu") as served:
         answer = served.post()
@@ -6323,6 +6345,7 @@ def test_idle_worker_that_cannot_be_killed_stops_no_connection(tmp_path: Path) -
         assert words(served) == 1 and not gone(first)  # by another one
 
 
+@pytest.mark.unix
 def test_worker_that_cannot_even_be_killed_is_left_behind(tmp_path: Path) -> None:
     """As one in the hands of a GPU's driver; here, because the server's kill does nothing."""
     held = """
@@ -6385,6 +6408,7 @@ def test_check_of_a_machine_that_can_serve(server: Served, tmp_path: Path) -> No
     assert re.search(r"^ok +transcript +base: loaded in .* 2 s of a tone heard in", output, re.M)
 
 
+@pytest.mark.unix
 def test_check_for_a_program(tmp_path: Path) -> None:
     tried = """
 def try_gpu(gpu, *rest):
@@ -6561,6 +6585,7 @@ NO_ROOM: dict[str, tuple[str, tuple[int, ...], str]] = {
 
 
 @pytest.mark.parametrize("why", NO_ROOM)
+@pytest.mark.unix
 def test_upload_without_room_is_507_and_nothing_is_left(tmp_path: Path, why: str) -> None:
     patch, sizes, message = NO_ROOM[why]
     with serving(tmp_path, patch=WORDY + patch, VAD="0") as served:
@@ -6574,6 +6599,7 @@ def test_upload_without_room_is_507_and_nothing_is_left(tmp_path: Path, why: str
         assert in_time(lambda: not kept_uploads(served)) and "Traceback" not in served.log()
 
 
+@pytest.mark.unix
 def test_out_of_descriptors_those_inside_go_on(tmp_path: Path) -> None:
     few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))\n"
     with serving(tmp_path, patch=few + WORDY, VAD="0") as served:
@@ -6632,6 +6658,7 @@ def test_batch_fits_the_memory_of_the_machine_and_of_the_container(
 
 
 @pytest.mark.parametrize("room", [0, 3_000_000])
+@pytest.mark.unix
 def test_model_without_memory_fails_one_request_alone(tmp_path: Path, room: int) -> None:
     """Whether the library raises or its process dies, the client hears of it and the next one is heard."""
     patch = f"""
@@ -6703,6 +6730,7 @@ def test_decoding_without_memory_is_not_the_fault_of_the_file(
     assert said[-1] == "heard 58"
 
 
+@pytest.mark.unix
 def test_user_without_name_home_and_writable_directory(server: Served, tmp_path: Path) -> None:
     """As `docker run --user 4321 --read-only`, without HOME: only the uploads' directory is written to."""
     found = server.wait_for(r"(?:found|files are) in (\S+)")
@@ -6786,6 +6814,7 @@ def test_offline_no_network_is_called(
 
 
 @pytest.mark.slow
+@pytest.mark.unix
 def test_many_mixed_requests_leave_nothing_behind(tmp_path: Path) -> None:
     def level(pid: int) -> tuple[int, int, int]:
         """Threads, open files and resident kB of a process."""
@@ -7016,6 +7045,7 @@ sys.addaudithook(watch)
         assert words(served) == 1 and "died" not in served.log()
 
 
+@pytest.mark.unix
 def test_small_file_that_decodes_to_hours_is_refused_in_bounded_memory(tmp_path: Path) -> None:
     file = io.BytesIO()
     with av.open(file, "w", format="flac") as container:

