@@ -176,6 +176,15 @@ def here(path: str) -> Path:
     return Path(path.removeprefix("Z:").replace("\\", "/") if WINE else path)
 
 
+def translated(environment: dict[str, str]) -> dict[str, str]:
+    """An environment as the server needs it, which has its model where this machine has it."""
+    if not WINE:
+        return environment
+    environment = {"HF_HOME": str(Path.home() / ".cache/huggingface")} | environment
+    paths = {name for name in environment if re.match("(HF|PIP|WHISPER)_", name)}
+    return environment | {name: there(environment[name]) for name in paths if environment[name][:1] == "/"}
+
+
 class Served:
     """A running server: where it listens, what it logs, how to ask it."""
 
@@ -271,17 +280,13 @@ def serving(
     environment |= {"WHISPER_MODEL": "base", "WHISPER_PORT": "0", "SERVED": str(log)}
     for name, value in settings.items():
         environment[name if name.startswith(("HF_", "PIP_")) else "WHISPER_" + name] = value
-    if WINE:  # which has drives instead of a root
-        environment.setdefault("HF_HOME", str(Path.home() / ".cache/huggingface"))
-        paths = {name for name in environment if re.match("(HF|PIP|WHISPER)_", name)}
-        environment |= {name: there(environment[name]) for name in paths if environment[name][:1] == "/"}
     with log.open("w") as stderr:
         program = PROGRAM
         if patch:
             (directory / "patched.py").write_text(PATCHED.format(here=FOLDER, patch=textwrap.dedent(patch)))
             program = there(directory / "patched.py")
         command = [*before, PYTHON, program, *arguments]
-        process = subprocess.Popen(command, env=environment, stderr=stderr, text=True)
+        process = subprocess.Popen(command, env=translated(environment), stderr=stderr, text=True)
     try:
         yield Served(process, log)
     finally:
@@ -1955,9 +1960,11 @@ def test_model_comes_from_the_hub_and_a_broken_download_goes_on(
     assert len(spans) == 3 and spans[0] == 0, spans
     assert 50_000_000 < spans[1] < 100_000_000 < spans[2] <= 120_000_000, spans  # a server; a connection
     kept = whisper_server.MIRROR_SHA256["model.bin"]
-    blobs = Path(cut_off["HF_HOME"], "hub/models--Systran--faster-whisper-base/blobs")
-    assert (blobs / kept).exists() and not [*blobs.glob("*.part"), *blobs.glob("*.incomplete")]
-    revision = whisper_server.MODELS["base"][1]
+    revision = str(whisper_server.MODELS["base"][1])
+    cache = Path(cut_off["HF_HOME"], "hub/models--Systran--faster-whisper-base")
+    blobs = cache / "blobs"
+    assert (cache / "snapshots" / revision / "model.bin" if WINE else blobs / kept).exists()  # links, or none
+    assert not [*blobs.glob("*.part"), *blobs.glob("*.incomplete")]
     assert all(f"/{revision}" in path for _, path, _ in hub.asked), hub.asked
     before = len(hub.asked)
     with serving(tmp_path, **cut_off) as third:
@@ -2213,7 +2220,8 @@ def test_keys_that_would_let_everybody_or_nobody_in_are_refused(keys: str) -> No
 def program(*flags: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """The program where it ends by itself."""
     command = [PYTHON, PROGRAM, *flags]
-    return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=30)
+    environment = translated({**os.environ, **settings})
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
 
 
 def test_bad_setting_ends_the_program_with_code_2() -> None:
@@ -5548,7 +5556,7 @@ whisper_server.threading.Thread.start = fails_once
 def test_worker_that_can_start_no_thread_is_replaced_and_its_jobs_are_done_again(tmp_path: Path) -> None:
     patch = f"""
 import pathlib
-failed, start = pathlib.Path({str(tmp_path / "failed")!r}), whisper_server.threading.Thread.start
+failed, start = pathlib.Path({there(tmp_path / "failed")!r}), whisper_server.threading.Thread.start
 def fails_once(self):
     if self._target and self._target.__name__ == "serve" and self._args[0].options.prompt == "no thread":
         if not failed.exists():
@@ -6411,7 +6419,7 @@ def checked(program: Path, *flags: str, **settings: str) -> tuple[int, str, str]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WHISPER_")} | settings
     environment |= {"WHISPER_MODEL": "base", "WHISPER_PORT": "0", "CHECKED": str(program)}
     command = [PYTHON, there(program), "--check", *flags]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, env=translated(environment), capture_output=True, text=True, timeout=120)
     in_time(lambda: not [one for one in psutil.process_iter() if str(program) in environment_of(one)])
     return ended.returncode, ended.stdout, ended.stderr
 

@@ -22,6 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+DIE = "CASES_DIE_EARLY"
+if DIE in os.environ and __name__ != "__main__":  # this is a child, which has not even its pipe
+    os._exit(7)
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # an embedded Python does not look beside its program
 
@@ -53,6 +57,7 @@ def upload_reaches_the_worker() -> None:
     child = context.Process(target=read_and_tell, args=(theirs,))
     child.start()
     theirs.close()
+    assert child.pid
     outbox = server.Outbox(ours)
     with tempfile.NamedTemporaryFile() as file:
         file.write(TRICKY)
@@ -108,6 +113,17 @@ def dead_and_hanging_processes_are_told_apart() -> None:
     assert fault(time.sleep, 60, seconds=5) == "did not end within 5 s"
 
 
+def child_that_dies_before_it_begins_is_noticed() -> None:
+    """Until it has taken its end of the pipe the parent holds both, and no end of it is ever seen."""
+    os.environ[DIE] = "1"
+    try:
+        began = time.monotonic()
+        assert fault(os.getpid) == "died (exit code 7)"
+        assert time.monotonic() - began < 30
+    finally:
+        del os.environ[DIE]
+
+
 def pip_ends_with_its_worker() -> None:
     with socket.create_server(("127.0.0.1", 0)) as index:  # that never answers
         where = f"http://127.0.0.1:{index.getsockname()[1]}/simple"
@@ -143,7 +159,7 @@ def file_that_is_held_is_moved_later() -> None:
         threading.Timer(0.7, holder.close).start()
         server.move(source, target)
         assert target.read_text() == "new" and not source.exists()
-        server.MOVE_PAUSES = (0.1, 0.0)
+        server.MOVE_PAUSES = (0.1,) * 4
         with target.open():
             source.write_text("newer")
             try:
@@ -195,7 +211,9 @@ def read_that_waits_sees_the_end() -> None:
 def machine_tells_its_cores_and_memory() -> None:
     cores, free = server.available_cores(), server.free_memory()
     assert 1 <= server.windows_cores() == cores <= (os.cpu_count() or 1), cores
-    assert 2**26 < free < 2**44 and free != 4 * 2**30, free
+    status = (ctypes.c_uint64 * 8)(64)
+    assert ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
+    assert 100 * 2**20 < free < status[1] and free != 4 * 2**30, free  # status[1]: all of it
     ctypes.windll.kernel32.SetProcessAffinityMask(ctypes.c_void_p(-1), ctypes.c_size_t(1))
     assert server.available_cores() == 1
     name = server.cpu_name()
@@ -252,6 +270,7 @@ CASES = (
     upload_reaches_the_worker,
     descendants_end_with_a_killed_process,
     dead_and_hanging_processes_are_told_apart,
+    child_that_dies_before_it_begins_is_noticed,
     pip_ends_with_its_worker,
     base_comes_from_the_package_index,
     file_that_is_held_is_moved_later,
