@@ -120,6 +120,18 @@ def child_that_dies_before_it_begins_is_noticed() -> None:
         began = time.monotonic()
         assert fault(os.getpid) == "died (exit code 7)"
         assert time.monotonic() - began < 30
+        worker = server.Worker(server.Settings(), "base", server.Metrics())
+        worker.prepare("load")
+        process = worker.process
+        process.join(30)
+        for _ in range(100):
+            if worker.state.get("last_death") == "exit code 7" and worker.process is None:
+                break
+            time.sleep(0.1)
+        else:
+            raise AssertionError(worker.state)
+        with tempfile.TemporaryFile() as file:
+            assert server.passable(file, process.pid) is None  # no error: the job is done again
     finally:
         del os.environ[DIE]
 
