@@ -171,11 +171,6 @@ def there(path: Path | str) -> str:
     return "Z:" + str(path).replace("/", "\\") if WINE else str(path)
 
 
-def here(path: str) -> Path:
-    """A path that the server names, as this machine does."""
-    return Path(path.removeprefix("Z:").replace("\\", "/") if WINE else path)
-
-
 def translated(environment: dict[str, str]) -> dict[str, str]:
     """An environment as the server needs it, which has its model where this machine has it."""
     if not WINE:
@@ -1769,7 +1764,7 @@ def test_truncated_model_is_refused(server: Served, tmp_path: Path) -> None:
     with serving(tmp_path, MODEL=str(directory)) as broken:
         answer = broken.post()
         assert answer.status_code == 503
-        assert str(directory) in answer.json()["error"]["message"]
+        assert there(directory) in answer.json()["error"]["message"]
 
 
 def with_128_mels(weights: bytes) -> bytes:
@@ -2056,7 +2051,7 @@ def test_nothing_reachable_and_nothing_cached(
         message = answer.json()["error"]["message"]
         for part in ("'base'", "Hub", "Systran/faster-whisper-base", "WHISPER_MODEL", "model.bin"):
             assert part in message, part
-        assert cut_off["HF_HOME"] in message
+        assert there(cut_off["HF_HOME"]) in message
         assert int(answer.headers["retry-after"]) > 0
         state = alone.health()["models"]["base"]
         assert state["state"] == "unavailable" and "'base'" in state["error"]
@@ -4340,6 +4335,7 @@ def test_load_tells_how_far_it_is(tmp_path: Path, state: str) -> None:
         served.wait_for("loaded on ")
 
 
+@pytest.mark.unix
 def test_upload_and_download_tell_how_far_they_are(hub: Hub, cut_off: dict[str, str], tmp_path: Path) -> None:
     hub.gate.clear()
     with serving(tmp_path, patch="whisper_server.PROGRESS_SECONDS = 0.5", **cut_off) as served:
@@ -5132,7 +5128,7 @@ def test_process_that_cannot_be_started_is_tried_again(tmp_path: Path) -> None:
 import errno, multiprocessing.context
 start = multiprocessing.context.SpawnProcess.start
 def refuse(self):
-    if whisper_server.Path({str(full)!r}).exists():
+    if whisper_server.Path({there(full)!r}).exists():
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
     start(self)
 multiprocessing.context.SpawnProcess.start = refuse
@@ -5393,6 +5389,7 @@ def test_file_that_hangs_ffmpeg_is_refused_and_costs_nobody_else_anything(tmp_pa
         assert words(served) == 1 and in_time(lambda: not kept_uploads(served))
 
 
+@pytest.mark.unix
 def test_client_that_leaves_a_file_that_hangs_ffmpeg_leaves_no_work_behind(tmp_path: Path) -> None:
     patch = """
 begin = whisper_server.Sound.begin_step
@@ -5521,6 +5518,7 @@ OUT_OF = {  # what there is none of: where that shows, and the exception
 
 
 @pytest.mark.parametrize("what", OUT_OF)
+@pytest.mark.unix
 def test_job_that_cannot_be_passed_is_503_and_stops_nobody(tmp_path: Path, what: str) -> None:
     """Descriptors ran out between a job and its file: the worker waited for it for two minutes."""
     place, name, error = OUT_OF[what]
@@ -5630,7 +5628,7 @@ def test_signal_without_requests_ends_at_once(tmp_path: Path) -> None:
     with serving(tmp_path, patch=WORDY, VAD="0") as served, connect(served) as idle:
         idle.sendall(lines_of(HEALTH, HOST, ""))
         answered(idle)  # and keeps its connection
-        served.process.send_signal(signal.SIGTERM)
+        served.process.send_signal(STOP)
         assert served.process.wait(10) == 0
 
 
