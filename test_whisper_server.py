@@ -21,7 +21,6 @@ import itertools
 import json
 import math
 import os
-import pty
 import random
 import re
 import shlex
@@ -121,6 +120,7 @@ PYTHON = os.environ.pop("WHISPER_TEST_PYTHON", sys.executable)
 FOLDER = os.environ.pop("WHISPER_TEST_FOLDER", str(HERE))
 PROGRAM = FOLDER + ("\\" if WINE else "/") + "whisper_server.py"
 STOP = signal.SIGINT if WINE else signal.SIGTERM  # the latter ends a Windows program at once
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 SAMPLES = Path(pytest_audioeval.__path__[0]) / "samples" / "audio"
 AZURE = "/openai/deployments/whisper/audio/transcriptions?api-version=2024-10-21"
 AZURE_TRANSLATIONS = AZURE.replace("transcriptions", "translations")
@@ -234,6 +234,8 @@ class Served:
 
     def processes(self) -> dict[int, str]:
         """The processes that the server has begun or inherited, and their states: `S`, `Z` and so on."""
+        if sys.platform == "win32":
+            return {one.pid: "S" for one in psutil.Process(self.pid).children(recursive=True)}
         found = {}
         for path in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
@@ -285,7 +287,7 @@ def serving(
     try:
         yield Served(process, log)
     finally:
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(KILL)
         process.wait()
 
 
@@ -1601,6 +1603,7 @@ def test_path_of_any_system_is_a_directory_and_no_name(model: str) -> None:
         ({}, 64),
     ],
 )
+@pytest.mark.unix
 def test_cores_are_those_of_the_control_group(
     files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1673,7 +1676,7 @@ def cut_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
     return {"HF_HOME": home, "HF_ENDPOINT": endpoint, "HF_HUB_DOWNLOAD_TIMEOUT": "300"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, KILL])
 def test_pip_ends_with_the_server(tmp_path: Path, cut_off: dict[str, str], number: int) -> None:
     with socket.create_server(("127.0.0.1", 0)) as index:  # that never answers
         address = f"http://127.0.0.1:{index.getsockname()[1]}/simple"
@@ -3514,7 +3517,7 @@ def test_a_failure_midway_is_raised_by_the_sdk(server: Served) -> None:
         for one in sdk(server.url).audio.transcriptions.create(**arguments):
             heard.append(one)
             if worker := server.child():
-                os.kill(worker, signal.SIGKILL)
+                os.kill(worker, KILL)
     assert heard and all(isinstance(one, TranscriptionTextDeltaEvent) for one in heard)
     assert not isinstance(error.value, openai.APIConnectionError) and error.value.type == "server_error"
     assert is_json(server.post())
@@ -3528,7 +3531,7 @@ def test_a_failure_midway_ends_the_stream_properly(server: Served) -> None:
         got = b""
         while b"delta" not in got:  # before it, the file would be done again
             got += next(pieces)
-        os.kill(worker_of(server), signal.SIGKILL)
+        os.kill(worker_of(server), KILL)
         got += b"".join(pieces)  # raises unless the last chunk comes
     assert b"[DONE]" not in got and b"transcript.text.done" not in got
     last = json.loads(got.split(b"data: ")[-1])
@@ -4321,6 +4324,7 @@ def test_log_is_never_silent_for_ten_seconds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("state", ["testing the GPU", "loading"])
+@pytest.mark.unix
 def test_load_tells_how_far_it_is(tmp_path: Path, state: str) -> None:
     slow = "\ndef slowly(*_):\n    time.sleep(3)\n    return real(*_)\n"
     what = {"testing the GPU": "probe", "loading": "Engine"}[state]
@@ -4353,6 +4357,8 @@ def test_upload_and_download_tell_how_far_they_are(hub: Hub, cut_off: dict[str, 
 def test_terminal_has_one_line_that_is_written_over(tmp_path: Path) -> None:
     with serving(tmp_path, patch=WORDY + SLOW, VAD="0"):
         pass  # which leaves the program behind
+    import pty  # which Windows has not
+
     master, terminal = pty.openpty()
     environment = os.environ | {"WHISPER_MODEL": "base", "WHISPER_PORT": "0", "WHISPER_VAD": "0"}
     command = [sys.executable, str(tmp_path / "patched.py")]
@@ -4911,8 +4917,8 @@ SHORT = noise(1)
 def gone(pid: int) -> bool:
     """Whether a process has ended: a zombie whose parent died waits for nobody we test."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except OSError:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return True
 
 
@@ -4925,8 +4931,8 @@ def worker_of(served: Served) -> int:
 
 def command_of(pid: int) -> bytes:
     """The command line of a process; empty if it has ended meanwhile."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    with contextlib.suppress(psutil.Error):
+        return "\0".join(psutil.Process(pid).cmdline()).encode("utf-8", "replace")
     return b""
 
 
@@ -4982,11 +4988,11 @@ def mortal(server: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     [
         ("loading", signal.SIGSEGV),
         ("loading", signal.SIGABRT),
-        ("idle", signal.SIGKILL),
+        ("idle", KILL),
         ("idle", signal.SIGSEGV),
         ("idle", signal.SIGABRT),
         ("mid-file", signal.SIGABRT),
-        ("mid-file", signal.SIGKILL),  # as the system does when memory has run out
+        ("mid-file", KILL),  # as the system does when memory has run out
     ],
 )
 def test_worker_dies_and_requests_are_answered_right(mortal: Served, when: str, number: int) -> None:
@@ -5002,7 +5008,7 @@ def test_worker_dies_and_requests_are_answered_right(mortal: Served, when: str, 
         assert heard_right(mortal)
     else:
         if when == "loading" and mortal.child():
-            os.kill(worker_of(mortal), signal.SIGKILL)
+            os.kill(worker_of(mortal), KILL)
             in_time(lambda: "died" in mortal.log()[begun:])
             begun = len(mortal.log())
         with asking(mortal, 2) as answers:
@@ -5038,7 +5044,7 @@ def test_stream_that_has_begun_ends_in_an_error_when_the_worker_dies(tmp_path: P
             got = ""
             for line in answer.iter_lines():
                 if "delta" in line and "delta" not in got:
-                    os.kill(worker_of(served), signal.SIGKILL)
+                    os.kill(worker_of(served), KILL)
                 got += line + "\n"
         assert '"error"' in got and "died" in got and "[DONE]" not in got
         assert words(served) == 1
@@ -5547,7 +5553,7 @@ whisper_server.threading.Thread.start = fails_once
         assert answer.status_code == 503 and "none left" in answer.text
         assert int(answer.headers["retry-after"]) > 0
         assert words(served) == 1 and "hangs" not in served.log()
-        os.kill(worker_of(served), signal.SIGKILL)
+        os.kill(worker_of(served), KILL)
         served.wait_for("died .* with 0 jobs")
 
 
@@ -5635,7 +5641,7 @@ def test_signal_without_requests_ends_at_once(tmp_path: Path) -> None:
 ENDS: dict[str, tuple[list[int], int, str]] = {  # signals, exit code; a patch
     "the grace period": ([STOP], 0, "whisper_server.GRACE_SECONDS = 1"),
     "a second signal": ([STOP, STOP], 128 + STOP, ""),
-    "a death": ([signal.SIGKILL], -signal.SIGKILL, ""),
+    "a death": ([KILL], -KILL, ""),
 }
 
 
@@ -5650,7 +5656,7 @@ def test_request_that_would_not_end_holds_up_no_end_of_the_server(tmp_path: Path
         assert served.child() in begun
         for number in numbers:
             served.process.send_signal(number)
-            if number != signal.SIGKILL:
+            if number != KILL:
                 served.wait_for("stopping")
         assert served.process.wait(15) == code
         in_time(lambda: all(gone(pid) for pid in begun))
@@ -5730,7 +5736,7 @@ if __name__ == "__main__" and os.getpid() != 1:  # not allowed here; a subreaper
         for _ in range(2):
             assert words(served) == 1
             child = worker_of(served)
-            os.kill(child, signal.SIGKILL)
+            os.kill(child, KILL)
             orphans = in_time(lambda: [pid for pid in served.processes() if b"sleep" in command_of(pid)])
             in_time(lambda orphans=orphans: not any(Path(f"/proc/{pid}").exists() for pid in orphans))
             assert "Z" not in served.processes().values() and not Path(f"/proc/{child}").exists()
@@ -5887,6 +5893,7 @@ SIGHTS = {
 
 
 @pytest.mark.parametrize("sight", SIGHTS)
+@pytest.mark.unix
 def test_gpu_is_found_or_it_is_said_why_not(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, sight: str
 ) -> None:
@@ -5911,6 +5918,7 @@ def test_gpu_is_found_or_it_is_said_why_not(
         ("", [None]),  # compressed code objects do not show: the self-test will tell
     ],
 )
+@pytest.mark.unix
 def test_override_only_where_its_code_is_and_after_the_gpu_as_it_is(
     machine: Machine, ours: str, versions: list[str | None]
 ) -> None:
@@ -5931,6 +5939,7 @@ def test_override_only_where_its_code_is_and_after_the_gpu_as_it_is(
         "proc/cpuinfo",
     ],
 )
+@pytest.mark.unix
 def test_what_cannot_be_read_of_a_gpu_counts_as_absent(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
@@ -5953,12 +5962,14 @@ def test_what_cannot_be_read_of_a_gpu_counts_as_absent(
 @pytest.mark.parametrize(
     ("version", "gfx"), [(90010, "gfx90a"), (90402, "gfx942"), (100306, "gfx1036"), (120001, "gfx1201")]
 )
+@pytest.mark.unix
 def test_gfx_targets_are_spelt_as_llvm_spells_them(machine: Machine, version: int, gfx: str) -> None:
     machine.amd(1, version, 8, 0x1234).rocm(gfx)
     gpu, _ = looked()
     assert gpu and gpu.gfx == gfx
 
 
+@pytest.mark.unix
 def test_devices_without_permission(monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryDirectory() as root, contextlib.ExitStack() as restored:
         monkeypatch.setattr(whisper_server, "ROOT", Path(root))
@@ -5976,6 +5987,7 @@ def test_devices_without_permission(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "usermod -aG render,video" in said
 
 
+@pytest.mark.unix
 def test_device_is_told_before_a_model_is_loaded(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
     def told(**named: Any) -> dict[str, str]:
         caplog.clear()
@@ -6042,6 +6054,7 @@ def test_wrong_results_are_named(runs: list[Any], named: str) -> None:
     assert named in difference((FRAMES, SAID), runs)
 
 
+@pytest.mark.unix
 def test_verdict_is_kept_until_something_changes(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -6391,7 +6404,7 @@ whisper_server.KILL_SECONDS = 1
             left = re.findall(r"left behind: process ([0-9, ]+), which", served.log())
             assert left and str(first) in left[0].split(", ")
         finally:
-            os.kill(first, signal.SIGKILL)
+            os.kill(first, KILL)
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32"])
@@ -6741,6 +6754,7 @@ print(said)
     ("muxer", "codec", "rate", "layout"),
     [("mp4", "aac", 48000, "mono"), ("webm", "libopus", 48000, "stereo")],
 )
+@pytest.mark.unix
 def test_decoding_without_memory_is_not_the_fault_of_the_file(
     muxer: str, codec: str, rate: int, layout: str
 ) -> None:
@@ -7114,6 +7128,7 @@ def test_absurd_shapes_are_refused(rate: int, channels: int) -> None:
 
 
 @pytest.mark.parametrize("rate", [1000, 768_000, 5_000_000, 2**31 - 1, 2**32 - 1])
+@pytest.mark.unix
 def test_absurd_rates_cost_little_memory(rate: int) -> None:
     code = f"""
 import io, resource, sys
