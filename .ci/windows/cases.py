@@ -146,8 +146,11 @@ def pip_ends_with_its_worker() -> None:
             connection, _ = index.accept()
             assert process.stdin and process.poll() is None
             process.stdin.close()
-            assert process.wait(10) == 1
-            connection.close()
+            try:
+                assert process.wait(10) == 1
+            finally:
+                process.kill()
+                connection.close()
 
 
 def ignore(done: int, size: int) -> None:
@@ -163,7 +166,7 @@ def base_comes_from_the_package_index() -> None:
 
 
 def file_that_is_held_is_moved_later() -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         source, target = Path(folder, "source"), Path(folder, "target")
         source.write_text("new")
         target.write_text("old")
@@ -199,6 +202,9 @@ def port_is_ours_alone() -> None:
             except OSError:
                 continue
             raise AssertionError("two on one port")
+    # Wine refuses the second even where Windows would let it in, so that it has to be asked what was set.
+    assert first.socket.getsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE)
+    assert not first.socket.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
     assert reached(socket.AF_INET6, ("::1", first.server_port))  # `localhost`, before 127.0.0.1
     first.server_close()
     every = server.Server(server.Settings(host="::", port=0))
