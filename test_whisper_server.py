@@ -5152,8 +5152,10 @@ multiprocessing.context.SpawnProcess.start = refuse
 
 
 def test_worker_in_a_step_is_not_idle(tmp_path: Path) -> None:
-    """A model that is loaded or tested for longer than WHISPER_IDLE_SECONDS, with nobody waiting for it."""
+    """A process that starts, or a model that is loaded or tested, for longer than WHISPER_IDLE_SECONDS."""
     patch = """
+if __name__ != "__main__":
+    time.sleep(2.5)
 def slowly(self, *arguments):
     whisper_server.log.info("loads")
     time.sleep(2.5)

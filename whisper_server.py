@@ -2667,7 +2667,7 @@ class Worker:
         finally:
             theirs.close()
         self.outbox, self.process = outbox, process
-        self.last_message = self.idle_since = time.monotonic()
+        self.last_message, self.idle_since = time.monotonic(), math.inf  # not idle before it has begun
         self.steps, self.late = {}, []
         threading.Thread(target=self._listen, args=(process, ours, outbox), daemon=True).start()
 
