@@ -144,6 +144,8 @@ def make_venv() -> None:
             importlib.import_module(module)
     except ImportError:
         cure = "install it (Debian, Ubuntu: sudo apt install python3-venv), then start again"
+        if sys.platform == "win32":
+            cure = "take the installer of python.org, not its embeddable package"
         fail(f"{sys.executable} lacks venv: {cure}")
     code, lines = watch([sys.executable, "-m", "venv", "--clear", str(VENV)])
     if code:
