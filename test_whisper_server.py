@@ -4290,7 +4290,7 @@ def test_without_news_no_time_left_is_told() -> None:
 def test_length_that_a_file_does_not_declare_is_not_made_up(recordings: Callable[[str], bytes]) -> None:
     for name in CONTAINERS:
         work = Recording(1, Options(), io.BytesIO(recordings(name)))
-        heard = whisper_server.Sound(work, 60, whisper_server.Gate(), lambda step, seconds: None)
+        heard = whisper_server.Sound(work, 60, threading.Semaphore(2), lambda step, seconds: None)
         assert heard.known() == (0, False)
         told = [heard.known() for _ in heard]
         assert heard.known() == (heard.seconds, True)

@@ -58,7 +58,6 @@ import mmap
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.reduction
-import operator
 import os
 import platform
 import queue
@@ -2870,7 +2869,8 @@ class Child:
         self.fetch_lock = threading.Lock()
         self.recordings: dict[int, Recording] = {}
         self.engine: Future[Engine] | None = None
-        self.gate = Gate()
+        # Who decodes beyond the first 30 s: more would wait for the interpreter, each with its memory.
+        self.turns = threading.Semaphore(2)
         # A window in work waits in a thread; `Delivery.add` bounds their number for each file.
         self.pool = ThreadPoolExecutor(max_workers=96, thread_name_prefix="window")
 
@@ -3022,7 +3022,7 @@ class Child:
         if recording.options.language:
             recording.language.set_result(recording.options.language)
         delivery: Delivery | None = None
-        sound = Sound(recording, self.settings.max_audio_seconds, self.gate, self.busy)
+        sound = Sound(recording, self.settings.max_audio_seconds, self.turns, self.busy)
         try:
             for windows in until_language(recording, sound.timed(cut_windows(sound, self.settings.vad))):
                 if recording.cancelled.is_set():
@@ -3113,45 +3113,19 @@ def until_language(recording: Recording, windows: Iterable[Window]) -> Iterator[
         yield held
 
 
-class Gate:
-    """Lets two recordings be decoded at a time beyond their first 30 s.
-
-    Of those that wait the one that had least comes first. More would wait for the interpreter that they
-    share, each with its memory. `changed` guards both fields; `decode_seconds` of one that waits stands
-    still.
-    """
-
-    def __init__(self) -> None:
-        self.free, self.waiting, self.changed = 2, set[Sound](), threading.Condition()
-
-    def enter(self, sound: Sound) -> None:
-        """Wait until it may go on."""
-        with self.changed:
-            self.waiting.add(sound)
-            first = operator.attrgetter("decode_seconds")
-            self.changed.wait_for(lambda: self.free and sound is min(self.waiting, key=first))
-            self.waiting.remove(sound)
-            self.free -= 1
-            self.changed.notify_all()
-
-    def leave(self) -> None:
-        """Let another one in."""
-        with self.changed:
-            self.free += 1
-            self.changed.notify_all()
-
-
 class Sound:
     """The sound of a recording as it passes: how much there was; its decoding in steps that the parent
-    times. The recording's own thread uses it; the gate reads `decode_seconds` of those that wait.
+    times. The recording's own thread uses it.
     """
 
-    def __init__(self, recording: Recording, max_seconds: float, gate: Gate, busy: Busy) -> None:
+    def __init__(
+        self, recording: Recording, max_seconds: float, turns: threading.Semaphore, busy: Busy
+    ) -> None:
         self.blocks = decode(recording.file, max_seconds, self.declare)
         self.step, self.cancelled = Step("decode", recording.id), recording.cancelled
-        self.gate, self.busy = gate, busy
+        self.turns, self.busy = turns, busy
         self.samples, self.declared, self.complete = 0, 0.0, False
-        self.inside = False  # the gate
+        self.turn = False  # whether it has one
         self.decode_seconds, self.step_began = 0.0, 0.0  # seconds in FFmpeg and the VAD; monotonic
 
     @property
@@ -3171,10 +3145,9 @@ class Sound:
 
     def __iter__(self) -> Iterator[Samples]:
         for block in self.blocks:
-            if self.seconds >= HEAD_START_SECONDS and not self.inside:
+            if self.seconds >= HEAD_START_SECONDS and not self.turn:
                 self.end_step()
-                self.gate.enter(self)
-                self.inside = True
+                self.turn = self.turns.acquire()
                 self.begin_step()
             self.samples += len(block)
             yield block
@@ -3189,9 +3162,9 @@ class Sound:
         """They have done their piece, and another recording may come in."""
         self.decode_seconds += time.monotonic() - self.step_began
         self.busy(self.step, 0)
-        if self.inside:
-            self.inside = False
-            self.gate.leave()
+        if self.turn:
+            self.turn = False
+            self.turns.release()
 
     def timed(self, pieces: Iterator[list[Window]]) -> Iterator[Window]:
         """The windows of each piece, the making of which is a step. Raises Cancelled between two."""
