@@ -59,10 +59,12 @@ CAUSES = {  # what pip writes: what it means and what helps. The first that fits
 
 
 def say(text: str) -> None:
+    """A line for people, on stderr like all of them."""
     print("run: " + text, file=sys.stderr, flush=True)
 
 
 def fail(text: str) -> NoReturn:
+    """The last line of a launch that leads to nothing; the exit code is 1."""
     sys.exit("run: " + text)
 
 
@@ -129,6 +131,7 @@ def watch(command: list[str], shown: str = "^$") -> tuple[int, list[str]]:
 
 
 def pip(*arguments: str) -> None:
+    """Run .venv's pip, which shows its downloads; a failure ends the launch, with its cause if known."""
     command = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
     code, lines = watch(command, r"Downloading .* MB\)|^WARNING: Retrying")
     if code:
@@ -139,6 +142,7 @@ def pip(*arguments: str) -> None:
 
 
 def make_venv() -> None:
+    """A new .venv in place of what is there."""
     try:
         for module in ("ensurepip", "venv"):  # which Debian ships apart
             importlib.import_module(module)
@@ -163,6 +167,7 @@ def take_speech() -> None:
 
 
 def holds(file: Path, data: bytes) -> bool:
+    """Whether a file has just these bytes."""
     return file.is_file() and file.read_bytes() == data
 
 
@@ -172,6 +177,7 @@ def finished() -> bool:
 
 
 def installed(files: list[str]) -> bool:
+    """Whether .venv has what these files ask for."""
     return finished() and all(holds(RECORD / name, (HERE / name).read_bytes()) for name in files)
 
 
@@ -194,6 +200,7 @@ def install(files: list[str]) -> None:
 
 
 def locked(file: int) -> bool:
+    """Whether this process has the lock on an open file now; it goes with the descriptor."""
     try:
         if sys.platform == "win32":
             os.lseek(file, 2**30, os.SEEK_SET)  # far behind its end, for a locked byte cannot be read
@@ -208,6 +215,7 @@ def locked(file: int) -> bool:
 
 
 def set_up(files: list[str]) -> None:
+    """Install what these files ask for, unless it is there."""
     if IN_IMAGE or installed(files):
         return
     with open(__file__, "rb") as lock:  # two that install at once would spoil each other's work
@@ -220,6 +228,7 @@ def set_up(files: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> None:
+    """Read .env, set .venv up, become the server or its tests."""
     testing = arguments[:1] == ["test"]
     if testing and IN_IMAGE:
         fail("the tests run on a host, not in the image")

@@ -25,6 +25,7 @@ import pytest
 
 import run
 
+pytestmark = pytest.mark.unix  # run.sh and signals; run.cmd is started by .ci/windows
 HERE = Path(__file__).parent
 SERVER = """
 import importlib.util, json, os, signal, sys
@@ -54,8 +55,6 @@ def make_wheel(folder: Path, name: str, files: dict[str, str], tag: str = "py3-n
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if sys.platform == "win32":
-        pytest.skip("run.sh and signals are Unix's")
     folder = tmp_path_factory.mktemp("wheels")
     for version in ("1", "2"):
         make_wheel(folder, f"tiny-{version}", {"tiny.py": f"VERSION = {version}"})
@@ -281,7 +280,6 @@ def test_old_python_can_read_run_py() -> None:
     ast.parse((HERE / "run.py").read_text(), feature_version=(3, 7))
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="run.sh is Unix's")
 def test_clone_by_a_git_that_turns_line_ends(tmp_path: Path) -> None:
     """As Git for Windows is installed: in WSL such a run.sh would end with "bad interpreter"."""
 
@@ -399,6 +397,23 @@ def test_other_faults_of_pip_are_shown(installed: Place) -> None:
     code, _, told = installed.start()
     assert code == 1 and "ERROR: Invalid requirement" in told, told
     assert told.splitlines()[-1].startswith("run: the packages could not be installed (see above)"), told
+
+
+FAULTS_OF_WINDOWS = {  # as pip words them: what is told
+    "HINT: This system does not have Windows Long Path support enabled.": "a path is too long for Windows",
+    "ERROR: OSError: [WinError 32] The process cannot access the file": "a file in .venv is in use: stop",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_WINDOWS)
+def test_fault_that_pip_has_on_windows_is_named_with_its_cure(ready: Place, fault: str) -> None:
+    python = ready.venv / "bin" / "python"  # in place of pip, which has no such faults here
+    python.unlink()
+    python.write_text(f"#!/bin/sh\necho '{fault}'\nexit 1\n")
+    python.chmod(0o755)
+    ready.require("tiny==2")
+    code, _, told = ready.start()
+    assert code == 1 and told.splitlines()[-1].startswith(f"run: {FAULTS_OF_WINDOWS[fault]}"), told
 
 
 def test_python_without_venv(place: Place, tmp_path: Path) -> None:

@@ -1072,12 +1072,15 @@ def lost_connection() -> Iterator[None]:
 
 
 class Wire(io.RawIOBase):
-    """A client's connection as a raw file, with a deadline over many reads instead of a limit for each."""
+    """A client's connection as a raw file, with a deadline over many reads instead of a limit for each.
+
+    The connection's thread uses it; the server alone sets `cut`, once.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection, self.deadline = connection, math.inf
         self.ahead = b""  # read while nobody had asked for it
-        self.cut = False  # set by the server when it ends: nothing more is read
+        self.cut = False  # the server ends: nothing more is read
 
     def readable(self) -> bool:
         """For io.BufferedReader."""
@@ -2125,7 +2128,7 @@ class Server(http.server.ThreadingHTTPServer):
     `lock` guards `workers`, `present`, `connections`, `draining` and `seconds_each`. /health, the metrics
     and `service_actions` read the first two and `draining` without it: from a copy, which may be a moment
     old; so does `on_signal`, which must not wait for it. The rest is set before the first request, but for
-    `device` and `over`, each set once.
+    `device`, `over` and `drained`, each set once, and `zombie`, which `service_actions` alone uses.
     """
 
     daemon_threads = True

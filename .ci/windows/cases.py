@@ -96,6 +96,8 @@ def lives_on(bound: str) -> bool:
 def descendants_end_with_a_killed_process() -> None:
     assert lives_on(""), "without a job object they should not"
     assert not lives_on("server.end_descendants_with_me(); ")
+    told = "server.end_descendants_with_me(); sys.exit(server.ctypes.windll.kernel32.GetErrorMode())"
+    assert python(told).wait() & 3 == 3  # and no window waits for a click when one of them crashes
 
 
 def fault(function: Callable[..., Any], *arguments: Any, seconds: float = 60) -> str:
@@ -267,7 +269,7 @@ def missing_runtime_is_noticed() -> None:
 
 
 def launcher_starts_the_server() -> None:
-    """run.cmd, run.py and a .venv that is there, in a folder with a blank and an umlaut."""
+    """run.cmd, run.py and a .venv that is there, in a folder with a blank and Japanese letters."""
     record = HERE / ".venv" / "installed"
     record.mkdir(exist_ok=True)
     shutil.copyfile(HERE / "requirements.txt", record / "requirements.txt")
