@@ -88,6 +88,7 @@ from whisper_server import (
     Refusal,
     Segment,
     Settings,
+    Shape,
     Transcript,
     Window,
     Word,
@@ -110,6 +111,7 @@ from whisper_server import (
     render_srt,
     render_vtt,
     repository_of,
+    with_its_own_heads,
 )
 
 HERE = Path(__file__).parent
@@ -1119,7 +1121,7 @@ class Heard:
 def engine(server: Served) -> Engine:
     """The real model in this process, with two lanes."""
     settings = Settings.read({"WHISPER_MODEL": "base", "WHISPER_THREADS": "2", "WHISPER_BATCH_SIZE": "16"})
-    return Engine(base_files(), settings, on_cpu(settings, ""), lambda step, seconds: None)
+    return Engine("base", base_files(), settings, on_cpu(settings, ""), lambda step, seconds: None)
 
 
 def transcribed(engine: Engine, samples: Any, id: int = 1, **options: Any) -> list[Segment]:
@@ -1207,16 +1209,6 @@ def test_only_what_detects_the_language_is_encoded_twice_alike(engine: Engine) -
         attempt.note("generate")
         with pytest.raises(whisper_server.WindowDone):  # the rest, which has no speech
             engine.whisper.encode(features)
-
-
-def test_english_only_model_refuses_other_languages() -> None:
-    tokenizer = types.SimpleNamespace(token_to_id=lambda token: 1)
-    model = types.SimpleNamespace(is_multilingual=False)
-    engine: Any = types.SimpleNamespace(whisper=types.SimpleNamespace(model=model, hf_tokenizer=tokenizer))
-    Engine.check_language(engine, "en")
-    with pytest.raises(Refusal, match="'de'") as refused:
-        Engine.check_language(engine, "de")
-    assert refused.value.status == 400
 
 
 def test_failed_load_ends_its_step_before_another_may_begin(
@@ -1828,12 +1820,245 @@ def test_model_is_found_in_the_hub_cache(tmp_path: Path, monkeypatch: pytest.Mon
 def test_names_of_models() -> None:
     assert repository_of("openai/whisper-large-v3") == repository_of("large") == repository_of("large-v3")
     assert repository_of("openai/whisper-large-v3-turbo") == repository_of("turbo")
+    named = ("kotoba-whisper", "kotoba-whisper-v2.0", "kotoba-tech/kotoba-whisper-v2.0")
+    assert {repository_of(name)[0] for name in named} == {"kotoba-tech/kotoba-whisper-v2.0-faster"}
     for name, (repository, revision) in whisper_server.MODELS.items():
         assert repository_of(name) == repository_of(repository) == (repository, revision)
         assert re.fullmatch(r"[0-9a-f]{40}", revision)
     for name in ("nonsense", "a/b/c", "a b/c", "a/b;c", ""):
         with pytest.raises(Refusal, match="directory"):
             repository_of(name)
+
+
+# ------------------------------------------------------------------------------------------------
+# models of other shapes and trainings, which say one sentence whatever they hear
+# ------------------------------------------------------------------------------------------------
+
+SENTENCE = "今日はいい天気ですね。"
+
+
+def speaking_model(
+    directory: Path, sentence: str = SENTENCE, layers: tuple[int, int] = (4, 2), *, english_only: bool = False
+) -> Path:
+    """A small CTranslate2 model with heads of layers that its decoder lacks, as published ones have them.
+
+    Its weights are random. What it says, it says because the decoder's position encodings point at the token
+    that shall come next, and its last norm makes that loud.
+    """
+    width, heads, loud, pull = 128, 2, 12.0, 60.0  # so that a sentence's tokens lead all others by far
+    numbers = np.random.default_rng(14)
+    base = base_files()
+    words = (base / "vocabulary.txt").read_text(encoding="utf-8").split("\n")[:51865]
+    if english_only:
+        words[words.index("")] = "<|none|>"  # CTranslate2 tells an English vocabulary by the lack of this
+    tokenizer = tokenizers.Tokenizer.from_file(str(base / "tokenizer.json"))
+    spec = ctranslate2.specs.WhisperSpec(layers[0], heads, layers[1], heads)
+
+    def some(*shape: int) -> Any:
+        return (numbers.standard_normal(shape) * 0.02).astype(np.float32)
+
+    def linear(into: Any, *shape: int) -> None:
+        into.weight, into.bias = some(*shape), np.zeros(shape[0], np.float32)
+
+    def norm(into: Any, gain: float = 1.0) -> None:
+        into.gamma, into.beta = np.full(width, gain, np.float32), np.zeros(width, np.float32)
+
+    def attention(into: Any, rows: list[int]) -> None:
+        norm(into.layer_norm)
+        for one, factor in zip(into.linear, rows, strict=True):
+            linear(one, factor * width, width)
+
+    spec.encoder.position_encodings.encodings = some(1500, width)
+    linear(spec.encoder.conv1, width, 80, 3)
+    linear(spec.encoder.conv2, width, width, 3)
+    spec.decoder.embeddings.weight = spec.decoder.projection.weight = some(len(words), width)
+    stamps = tokenizer.token_to_id("<|notimestamps|>") + 1
+    end = tokenizer.token_to_id("<|endoftext|>")
+    spoken = tokenizer.encode(sentence, add_special_tokens=False).ids
+    positions, prompt = some(448, width), 0 if english_only else 2
+    for at, token in enumerate([stamps, *spoken, stamps + 175, end], prompt):  # to 3.5 s
+        wanted = spec.decoder.embeddings.weight[token]
+        positions[at] += pull * wanted / np.linalg.norm(wanted)
+    spec.decoder.position_encodings.encodings = positions
+    for side, gain in ((spec.encoder, 1.0), (spec.decoder, loud)):
+        norm(side.layer_norm, gain)
+        for layer in side.layer:
+            attention(layer.self_attention, [3, 1])
+            if side is spec.decoder:
+                attention(layer.attention, [1, 2, 1])
+            norm(layer.ffn.layer_norm)
+            linear(layer.ffn.linear_0, 4 * width, width)
+            linear(layer.ffn.linear_1, width, 4 * width)
+    for name in ("suppress_ids", "suppress_ids_begin", "lang_ids"):
+        setattr(spec.config, name, json.loads((base / "config.json").read_bytes())[name])
+    spec.config.alignment_heads = [[7, 0], [10, 17], [25, 6]]  # kotoba-whisper-v2.0-faster's begin so
+    spec.register_vocabulary(words)
+    spec.validate()
+    spec.optimize("float16")
+    directory.mkdir(parents=True)
+    spec.save(str(directory))
+    shutil.copy(base / "tokenizer.json", directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def kotoba_files(server: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of Kotoba-Whisper's kind: Japanese alone, two layers of its decoder left."""
+    return speaking_model(tmp_path_factory.mktemp("models") / "kotoba-whisper-v2.1-faster")
+
+
+@pytest.fixture(scope="module")
+def kotoba(kotoba_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server with that model."""
+    with serving(tmp_path_factory.mktemp("kotoba"), MODEL=str(kotoba_files)) as served:
+        yield served
+
+
+def test_words_of_a_model_whose_decoder_lacks_the_heads(kotoba: Served, kotoba_files: Path) -> None:
+    """The worker died with SIGSEGV (kotoba-whisper#2, faster-whisper#688)."""
+    before = {file.name: file.stat().st_mtime_ns for file in kotoba_files.iterdir()}
+    for _ in range(2):
+        answer = kotoba.post(
+            sound=JAPANESE, response_format="verbose_json", granularities=["word", "segment"]
+        )
+        assert answer.status_code == 200, answer.text
+        body = answer.json()
+        assert body["text"] == SENTENCE
+        assert "".join(word["word"] for word in body["words"]) == SENTENCE.strip("。")
+        times = [word[edge] for word in body["words"] for edge in ("start", "end")]
+        assert times == sorted(times) and 0 <= times[0] < times[-1] <= JAPANESE.seconds
+    assert kotoba.log().count("lacks the heads") == 1
+    assert {file.name: file.stat().st_mtime_ns for file in kotoba_files.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("heads", "good"),
+    [
+        ([[1, 0], [0, 1]], True),
+        ([[1, 0], [2, 0]], False),  # one layer too many
+        ([[1, 2]], False),  # one head too many
+        ([[-1, 0]], False),
+        ([[1]], False),
+        (["10"], False),
+        ([], False),
+        (None, False),
+        ("nonsense", False),
+    ],
+    ids=str,
+)
+def test_heads_that_a_decoder_lacks(kotoba_files: Path, tmp_path: Path, heads: Any, good: bool) -> None:
+    for file in kotoba_files.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((kotoba_files / "config.json").read_bytes()) | {"alignment_heads": heads}
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with with_its_own_heads(tmp_path, Shape.of(tmp_path)) as loadable:
+        assert (loadable == tmp_path) == good
+        whisper = ctranslate2.models.Whisper(str(loadable))
+        config["alignment_heads"] = heads if good else [[1, 0], [1, 1]]
+        assert json.loads((loadable / "config.json").read_bytes()) == config
+    assert loadable.exists() == good
+    encoding = whisper.encode(ctranslate2.StorageView.from_array(np.zeros((1, 80, 3000), np.float32)))
+    (one,) = whisper.align(encoding, [50258, 50266, 50359], [[100, 200]], 500)
+    assert len(one.text_token_probs) == 2
+
+
+def test_heads_where_no_links_can_be_made(kotoba_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows most users may make none."""
+
+    def refuse(*paths: Any) -> None:
+        raise OSError(1314, "A required privilege is not held by the client")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    monkeypatch.setattr(os, "link", refuse)
+    with with_its_own_heads(kotoba_files, Shape.of(kotoba_files)) as loadable:
+        assert loadable != kotoba_files
+        for name in ("model.bin", "tokenizer.json", "vocabulary.json"):
+            assert (loadable / name).read_bytes() == (kotoba_files / name).read_bytes()
+
+
+def test_broken_config_is_left_to_who_reads_it(tmp_path: Path) -> None:
+    for text in ("{", "[1]", "\xff"):
+        (tmp_path / "config.json").write_text(text, encoding="latin-1")
+        with with_its_own_heads(tmp_path, Shape(4, 2, 2)) as loadable:
+            assert loadable == tmp_path
+
+
+def test_shape_of_a_model(server: Served, kotoba_files: Path, tmp_path: Path) -> None:
+    assert Shape.of(base_files()) == (6, 6, 8) and not Shape.of(base_files()).distilled
+    assert Shape.of(kotoba_files) == (4, 2, 2) and Shape.of(kotoba_files).distilled
+    whole = (kotoba_files / "model.bin").read_bytes()
+    for broken in (b"", b"<html>not a model</html>", whole[:1000], b"\xff" * 64):
+        (tmp_path / "model.bin").write_bytes(broken)
+        assert Shape.of(tmp_path).decoder == 0
+
+
+def test_model_of_one_language_needs_none(kotoba: Served) -> None:
+    """It has the tokens of all, and nothing behind them: what it detects is nonsense."""
+    for fields in ({}, {"language": "ja"}, {"language": "Japanese"}):
+        body = kotoba.post(sound=ENGLISH, response_format="verbose_json", **fields).json()
+        assert (body["language"], body["text"]) == ("japanese", SENTENCE)
+
+
+def test_model_of_one_language_refuses_others(kotoba: Served) -> None:
+    for path in (AZURE, OPENAI):
+        answer = kotoba.post(path, language="de", model="whisper-1")
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, "language")
+        assert re.search(
+            "does not know German .*only Japanese; large-v3, turbo and small do", error["message"]
+        )
+    answer = kotoba.post(AZURE_TRANSLATIONS, sound=JAPANESE)
+    assert answer.status_code == 400 and "not trained to translate" in answer.text
+
+
+def test_model_of_english_alone(server: Served, tmp_path: Path) -> None:
+    """Known by its vocabulary, which has no languages; a translation was thanks for watching."""
+    model = speaking_model(tmp_path / "model", "It is a fine day.", english_only=True)
+    with serving(tmp_path, MODEL=str(model)) as served:
+        body = served.post(sound=JAPANESE, response_format="verbose_json").json()
+        assert (body["language"], body["text"]) == ("english", "It is a fine day.")
+        assert served.post(sound=ENGLISH, language="en").json() == {"text": "It is a fine day."}
+        answer = served.post(language="ja")
+        assert answer.status_code == 400 and "only English" in answer.text
+        answer = served.post(AZURE_TRANSLATIONS, sound=JAPANESE)
+        assert answer.status_code == 400 and "not trained to translate" in answer.text
+
+
+def test_distilled_model_of_another_name(server: Served, tmp_path: Path) -> None:
+    """Turbo by any name has fewer layers in its decoder, and was not trained to translate."""
+    model = speaking_model(tmp_path / "some-turbo", "Ein schöner Tag.")
+    with serving(tmp_path, MODEL=str(model)) as served:
+        body = served.post(language="de", response_format="verbose_json").json()
+        assert (body["language"], body["text"]) == ("german", "Ein schöner Tag.")
+        answer = served.post(AZURE_TRANSLATIONS, sound=JAPANESE)
+        assert answer.status_code == 400 and "not trained to translate" in answer.text
+
+
+def test_language_that_a_model_has_no_token_for(server: Served) -> None:
+    answer = server.post(language="yue")
+    assert answer.status_code == 400 and "Cantonese" in answer.text and "large-v3 and turbo do" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("model", "trained"),
+    [
+        ("large-v3", "all"),
+        ("Systran/faster-whisper-medium", "all"),
+        ("turbo", "asr"),
+        ("mobiuslabsgmbh/faster-whisper-large-v3-turbo", "asr"),
+        ("openai/whisper-base.en", "en"),
+        ("distil-large-v3.5", "en"),
+        ("kotoba-whisper", "ja"),
+        ("RoachLin/kotoba-whisper-v2.2-faster", "ja"),
+        (r"C:\Users\太郎\kotoba-whisper-v2.0-faster", "ja"),
+        ("kotoba-tech/kotoba-whisper-bilingual-v1.0-faster", ""),
+        ("/models/whisper", ""),
+        ("some/model", ""),
+    ],
+)
+def test_what_a_model_was_trained_for(model: str, trained: str) -> None:
+    assert whisper_server.trained_for(model) == trained
 
 
 class Answering(http.server.BaseHTTPRequestHandler):
@@ -4858,14 +5083,14 @@ OPEN = whisper_server.Path(__file__).with_name("open")
 
 class Wordy:
     batch_size = 2
-    def __init__(self, directory, settings, device, busy):
+    def __init__(self, name, directory, settings, device, busy):
         if BADLY == "load" and device.device == "gpu":
             os.kill(os.getpid(), signal.SIGSEGV)
             time.sleep(9)  # until it arrives
         self.device = device.device
         self.owner = whisper_server.Owner(None, 2, busy)
-    def check_language(self, code):
-        pass
+    def check(self, options):
+        return options.language
     def transcribe(self, work, window):
         whisper_server.log.info("window of request %d", work.id)
         if work.options.prompt == "die" or (BADLY == "model" and self.device == "gpu"):
@@ -5120,11 +5345,15 @@ spoken, Wordy.transcribe = Wordy.transcribe, transcribe
         assert served.log().count("slow call") <= begun + 1  # the one that was in the model
 
 
-def test_model_that_cannot_translate_says_so(tmp_path: Path) -> None:
-    with serving(tmp_path, patch=WORDY, MODEL="turbo", VAD="0") as served:
+@pytest.mark.parametrize("model", ["turbo", "base.en", "distil-large-v3", "kotoba-whisper"])
+def test_model_that_cannot_translate_says_so(tmp_path: Path, model: str) -> None:
+    """At once, before the model is here."""
+    with serving(tmp_path, patch=WORDY, MODEL=model, VAD="0") as served:
         for path in (AZURE_TRANSLATIONS, "/v1/audio/translations"):
             answer = served.post(path, SHORT, model="whisper-1")
             assert answer.status_code == 400 and "not trained to translate" in answer.text
+        if model != "turbo":
+            assert served.post(sound=SHORT, language="de").status_code == 400
         assert words(served) == 1
 
 
@@ -6318,10 +6547,10 @@ class Full:
         return self.model.generate(encodings, prompts, **options)
 
 begin = whisper_server.Engine.__init__
-def begin_full(self, directory, settings, device, busy):
+def begin_full(self, name, directory, settings, device, busy):
     if device.device == "gpu" and NO_ROOM:
         raise RuntimeError("CUDA failed with error out of memory")
-    begin(self, directory, settings, device, busy)
+    begin(self, name, directory, settings, device, busy)
     if device.device == "gpu":
         self.owner.model = Full(self.owner.model)
 whisper_server.Engine.__init__ = begin_full

@@ -560,6 +560,14 @@ def move(source: Path, target: Path) -> None:
             time.sleep(pause)
 
 
+def make_link(file: Path, link: Path) -> None:
+    """Give a file another name; where the system has no links for us, as Windows for most users, a copy."""
+    for make in (os.symlink, os.link):
+        with contextlib.suppress(OSError):
+            return make(file, link)
+    shutil.copyfile(file, link)
+
+
 def read_system(path: str) -> str:
     """A file of the system, by its path, below ROOT if it is not absolute; empty if it cannot be read."""
     try:
@@ -1626,20 +1634,21 @@ class Handler(Connection):
         """POST .../audio/transcriptions and .../audio/translations."""
         strict, body = self.server.settings.strict, self.exchange.body
         assert body is not None
+        task = "translate" if operation == "translations" else "transcribe"
         model = self.model_of(unquote(deployment)) if deployment else None
         if model:
-            check_operation(operation, model)
+            check_training(model, trained_for(model), task)
         if body.length and body.length > body.limit:
             raise too_large(body.limit, body.length)
         with self.server.place(self, operation), self.storage() as file:
             form = self.receive(body, file)
             check_file(form, strict)
-            options = read_options(form, "translate" if operation == "translations" else "transcribe", strict)
+            options = read_options(form, task, strict)
             if model is None:  # an OpenAI request names it in the form
                 if not form.last("model"):
                     raise Refusal(400, "you must provide a model parameter", param="model")
                 model = self.model_of(form.last("model"))
-                check_operation(operation, model)
+            check_training(model, trained_for(model), task, options.language)
             job = self.exchange.job = self.server.worker(model).submit(file, options)
             try:
                 (self.stream if options.stream and not strict else self.transcript)(job)
@@ -1900,17 +1909,6 @@ class Handler(Connection):
         address = self.client_address[0]
         path = self.path.partition("?")[0]  # some clients put their key into the query
         log.log(level, "%s %s %s %d %d B %.3f s", address, self.command, path, asked.status, size, seconds)
-
-
-def check_operation(operation: str, model: str) -> None:
-    """Refuse a translation by turbo, which was not trained to translate: it would transcribe."""
-    try:
-        turbo = repository_of(model) == MODELS["large-v3-turbo"]
-    except Refusal:  # a directory, which may hold any model
-        return
-    if turbo and operation == "translations":
-        message = f"The model {model!r} was not trained to translate; large-v3, medium and small were."
-        raise Refusal(400, message, param="model")
 
 
 def cannot_store(error: OSError) -> Refusal:
@@ -2978,7 +2976,7 @@ class Child:
         log.info("model %s: loading from %s", self.model, directory)
         started = time.monotonic()
         try:
-            loaded = Engine(directory, self.settings, device, self.busy)
+            loaded = Engine(self.model, directory, self.settings, device, self.busy)
         finally:
             self.busy(Step("load"), 0)  # before anybody uses it: a hang from here on is another step's
         seconds = round(time.monotonic() - started, 2)
@@ -3033,8 +3031,8 @@ class Child:
                 if delivery is None:
                     self.send("progress", recording.id, 0.0, *sound.known(), [])
                     engine = self.loaded(recording)
-                    if recording.options.language:
-                        engine.check_language(recording.options.language)
+                    if (language := engine.check(recording.options)) and not recording.language.done():
+                        recording.language.set_result(language)
                     engine.owner.enter(recording)
                     delivery = Delivery(recording, sound, engine, self.send)
                 self.begin(recording, delivery, windows)
@@ -3889,21 +3887,23 @@ def is_misfit(decoded: tuple[Any, ...], seconds: float, tokenizer: Any, options:
 class Engine:
     """The loaded model and what decodes windows with it; set once. Each thread has a `current` of its own."""
 
-    def __init__(self, directory: Path, settings: Settings, device: Device, busy: Busy) -> None:
+    def __init__(self, name: str, directory: Path, settings: Settings, device: Device, busy: Busy) -> None:
         from faster_whisper import WhisperModel
 
-        self.settings = settings
+        self.name, self.settings = name, settings
+        shape = Shape.of(directory)
         threads = settings.threads or available_cores()
         self.batch_size = settings.batch_size or batch_size_for(directory, device)  # of all lanes together
         lanes = min(self.batch_size, lanes_for(directory, threads)) if device.device == "cpu" else 1
         try:
-            self.whisper = fitted_whisper(WhisperModel)(
-                str(directory),
-                device=GPU if device.device == "gpu" else "cpu",
-                compute_type=device.compute_type,
-                cpu_threads=max(1, threads // lanes),
-                num_workers=lanes,
-            )
+            with with_its_own_heads(directory, shape) as loadable:
+                self.whisper = fitted_whisper(WhisperModel)(
+                    str(loadable),
+                    device=GPU if device.device == "gpu" else "cpu",
+                    compute_type=device.compute_type,
+                    cpu_threads=max(1, threads // lanes),
+                    num_workers=lanes,
+                )
         except RuntimeError as error:  # of CTranslate2: a truncated or foreign model.bin
             message = f"The model in {directory} cannot be loaded: {error}. If it was fetched, delete it "
             message += "there and start again; if it is your own, convert it again."
@@ -3915,17 +3915,24 @@ class Engine:
                 "copy that file from the repository it was made from."
             )
             raise Refusal(503, message, code="model_incomplete")
+        self.trained = trained_for(name) or ("asr" if shape.distilled else "all")
+        if not model.is_multilingual:  # as CTranslate2 tells by the vocabulary
+            self.trained = "en"
         may_leave_gpu = device.device == "gpu" and settings.device == "auto"
         self.owner = Owner(model, self.batch_size // lanes, busy, may_leave_gpu, lanes)
         self.current = self.whisper.current = threading.local()
         self.whisper.model = OwnedModel(model, self.owner, self.current)
 
-    def check_language(self, code: str) -> None:
-        """Refuse a language that this model does not know: Cantonese came with large-v3, `.en` has one."""
-        token = self.whisper.hf_tokenizer.token_to_id(f"<|{code}|>")
-        if token is None if self.whisper.model.is_multilingual else code != "en":
-            message = f"language is {code!r}, which the model does not know."
-            raise Refusal(400, message, param="language", code="invalid_language_format")
+    def check(self, options: Options) -> str | None:
+        """The language that a file is in, given or the model's only one; None: it has to be found.
+
+        Raises Refusal 400 for a task or a language that this model was not trained for.
+        """
+        check_training(self.name, self.trained, options.task, options.language)
+        language = options.language or (self.trained if self.trained in LANGUAGES else None)
+        if language and self.whisper.hf_tokenizer.token_to_id(f"<|{language}|>") is None:
+            raise unknown_language(self.name, language)  # Cantonese came with large-v3
+        return language
 
     def transcribe(self, recording: Recording, window: Window) -> list[Segment]:
         """Segments of one window, at their times in the file. Finds the language if nobody gave it."""
@@ -4017,7 +4024,7 @@ def batch_size_for(directory: Path, device: Device) -> int:
 
 # ================================================================================================
 # Nothing below is on a request's way: it runs when a model is fetched or loaded, at start, at --check.
-# (Two look-ups apart: `repository_of` for the task that a model can do, `gpu_in_sight`.)
+# (Two look-ups apart: `trained_for` for what a model can do, `gpu_in_sight`.)
 # ================================================================================================
 
 
@@ -4025,34 +4032,35 @@ def batch_size_for(directory: Path, device: Device) -> int:
 # model files: where they are, how they come
 # ------------------------------------------------------------------------------------------------
 
-# CTranslate2 conversions by the names faster-whisper gives them: name, repository, pinned revision.
-MODELS: dict[str, tuple[str, str]] = {
-    name: (repository, revision)
-    for name, repository, revision in map(
-        str.split,
-        """\
-    tiny              Systran/faster-whisper-tiny                   d90ca5fe260221311c53c58e660288d3deb8d356
-    tiny.en           Systran/faster-whisper-tiny.en                0d3d19a32d3338f10357c0889762bd8d64bbdeba
-    base              Systran/faster-whisper-base                   ebe41f70d5b6dfa9166e2c581c45c9c0cfc57b66
-    base.en           Systran/faster-whisper-base.en                3d3d5dee26484f91867d81cb899cfcf72b96be6c
-    small             Systran/faster-whisper-small                  536b0662742c02347bc0e980a01041f333bce120
-    small.en          Systran/faster-whisper-small.en               d1d751a5f8271d482d14ca55d9e2deeebbae577f
-    medium            Systran/faster-whisper-medium                 08e178d48790749d25932bbc082711ddcfdfbc4f
-    medium.en         Systran/faster-whisper-medium.en              a29b04bd15381511a9af671baec01072039215e3
-    large-v1          Systran/faster-whisper-large-v1               b07c8d4be0be90092aa01a29c975077acb8d15c9
-    large-v2          Systran/faster-whisper-large-v2               f0fe81560cb8b68660e564f55dd99207059c092e
-    large-v3          Systran/faster-whisper-large-v3               edaa852ec7e145841d8ffdb056a99866b5f0a478
-    large-v3-turbo    mobiuslabsgmbh/faster-whisper-large-v3-turbo  0a363e9161cbc7ed1431c9597a8ceaf0c4f78fcf
-    distil-small.en   Systran/faster-distil-whisper-small.en        ef77d90526ccd62cde3808ee70626a01e5cf83e4
-    distil-medium.en  Systran/faster-distil-whisper-medium.en       80ddfce281f77766d8943d63109199fc8145dfa5
-    distil-large-v2   Systran/faster-distil-whisper-large-v2        fe9b404fc56de3f7c38606ef9ba6fd83526d05e4
-    distil-large-v3   Systran/faster-distil-whisper-large-v3        c3058b475261292e64a0412df1d2681c06260fab
-    distil-large-v3.5 distil-whisper/distil-large-v3.5-ct2          9793ccc07920e0f830e1dba0343efcdf0ef8c903
-""".splitlines(),
-    )
-}
+# CTranslate2 conversions: name, repository, pinned revision, and what the model was trained for: "all" is
+# speech in any language and its translation, "asr" without translation, a code that one language's speech.
+KNOWN = [
+    row.split()
+    for row in """\
+tiny                Systran/faster-whisper-tiny                  d90ca5fe260221311c53c58e660288d3deb8d356 all
+tiny.en             Systran/faster-whisper-tiny.en               0d3d19a32d3338f10357c0889762bd8d64bbdeba en
+base                Systran/faster-whisper-base                  ebe41f70d5b6dfa9166e2c581c45c9c0cfc57b66 all
+base.en             Systran/faster-whisper-base.en               3d3d5dee26484f91867d81cb899cfcf72b96be6c en
+small               Systran/faster-whisper-small                 536b0662742c02347bc0e980a01041f333bce120 all
+small.en            Systran/faster-whisper-small.en              d1d751a5f8271d482d14ca55d9e2deeebbae577f en
+medium              Systran/faster-whisper-medium                08e178d48790749d25932bbc082711ddcfdfbc4f all
+medium.en           Systran/faster-whisper-medium.en             a29b04bd15381511a9af671baec01072039215e3 en
+large-v1            Systran/faster-whisper-large-v1              b07c8d4be0be90092aa01a29c975077acb8d15c9 all
+large-v2            Systran/faster-whisper-large-v2              f0fe81560cb8b68660e564f55dd99207059c092e all
+large-v3            Systran/faster-whisper-large-v3              edaa852ec7e145841d8ffdb056a99866b5f0a478 all
+large-v3-turbo      mobiuslabsgmbh/faster-whisper-large-v3-turbo 0a363e9161cbc7ed1431c9597a8ceaf0c4f78fcf asr
+distil-small.en     Systran/faster-distil-whisper-small.en       ef77d90526ccd62cde3808ee70626a01e5cf83e4 en
+distil-medium.en    Systran/faster-distil-whisper-medium.en      80ddfce281f77766d8943d63109199fc8145dfa5 en
+distil-large-v2     Systran/faster-distil-whisper-large-v2       fe9b404fc56de3f7c38606ef9ba6fd83526d05e4 en
+distil-large-v3     Systran/faster-distil-whisper-large-v3       c3058b475261292e64a0412df1d2681c06260fab en
+distil-large-v3.5   distil-whisper/distil-large-v3.5-ct2         9793ccc07920e0f830e1dba0343efcdf0ef8c903 en
+kotoba-whisper-v2.0 kotoba-tech/kotoba-whisper-v2.0-faster       f44edd35eaeb2274e85ac7b31fb2c6f59ff1c4bc ja
+""".splitlines()
+]
+MODELS = {name: (repository, revision) for name, repository, revision, _ in KNOWN}
+TRAINED = {repository: trained for _, repository, _, trained in KNOWN}
 PINNED = dict(MODELS.values())
-MODEL_ALIASES = {"large": "large-v3", "turbo": "large-v3-turbo"}
+MODEL_ALIASES = {"large": "large-v3", "turbo": "large-v3-turbo", "kotoba-whisper": "kotoba-whisper-v2.0"}
 MODEL_FILES = ("config.json", "model.bin", "tokenizer.json", "vocabulary.*")  # what every model has
 WANTED_FILES = (*MODEL_FILES, "preprocessor_config.json")  # the last only where there are 128 mels
 # For `base` alone, the same bytes are on the Python package index, model.bin in two parts.
@@ -4085,7 +4093,7 @@ def repository_of(model: str) -> tuple[str, str | None]:
 
     Raises Refusal 503 for a name that is neither known nor a repository id.
     """
-    name = model.removeprefix("openai/whisper-")
+    name = model.removeprefix("openai/whisper-").removeprefix("kotoba-tech/")
     name = MODEL_ALIASES.get(name, name)
     if name in MODELS:
         return MODELS[name]
@@ -4095,6 +4103,43 @@ def repository_of(model: str) -> tuple[str, str | None]:
     said = repr(model) + did_you_mean(name, known)
     message = f"The model is {said}, but must be a directory, owner/name or one of {', '.join(known)}."
     raise Refusal(503, message, code="model_not_found")
+
+
+def trained_for(model: str) -> str:
+    """What a model was trained for, as TRAINED has it; empty where its name does not tell. Kotoba-Whisper has
+    the tokens of all languages and Japanese alone behind them: only a name tells it, a directory's, too.
+
+    >>> trained_for("small"), trained_for("base.en"), trained_for("some/model")
+    ('all', 'en', '')
+    >>> trained_for("/models/kotoba-whisper-v2.1-faster"), trained_for("kotoba-tech/kotoba-whisper-v2.0")
+    ('ja', 'ja')
+    """
+    if re.search(r"kotoba-whisper-v\d", model):  # there is a bilingual one, too
+        return "ja"
+    try:
+        return TRAINED.get(repository_of(model)[0], "")
+    except Refusal:
+        return ""
+
+
+def check_training(model: str, trained: str, task: str, language: str | None = None) -> None:
+    """Raises Refusal 400 for a task or a language that a model was not trained for: it would answer nonsense.
+    `trained` as in TRAINED, or empty.
+    """
+    if task == "translate" and trained not in ("all", ""):
+        message = f"The model {model!r} was not trained to translate; large-v3, medium and small were."
+        raise Refusal(400, message, param="model")
+    if trained in LANGUAGES and language not in (trained, None):
+        raise unknown_language(model, language, trained)
+
+
+def unknown_language(model: str, code: str, only: str = "") -> Refusal:
+    """The refusal of a language that a model does not know."""
+    others = "large-v3 and turbo" if code == "yue" else "large-v3, turbo and small"
+    known = f", only {LANGUAGES[only].title()}" if only else ""
+    said = f"{LANGUAGES[code].title()} (language={code!r})"
+    message = f"The model {model!r} does not know {said}{known}; {others} do."
+    return Refusal(400, message, param="language", code="invalid_language_format")
 
 
 def user_cache() -> Path:
@@ -4114,7 +4159,8 @@ def missing_files(directory: Path, repository: str = "") -> list[str]:
 
     Without its own tokenizer.json, faster-whisper would silently fetch one that fits another model.
     """
-    wanted = WANTED_FILES if repository in PINNED and "large-v3" in repository else MODEL_FILES
+    v3 = repository in PINNED and re.search("large-v3|kotoba", repository)  # 128 mels
+    wanted = WANTED_FILES if v3 else MODEL_FILES
     return [pattern for pattern in wanted if not any(directory.glob(pattern))]
 
 
@@ -4136,6 +4182,75 @@ def locate_model(model: str) -> Path | None:
             revision = (cache / "refs" / "main").read_text().strip()
     snapshot = cache / "snapshots" / (revision or "-")
     return None if missing_files(snapshot, repository) else snapshot
+
+
+class Shape(NamedTuple):
+    """Layers of a model's encoder and decoder, and attention heads of a layer in the latter; 0: unknown."""
+
+    encoder: int
+    decoder: int
+    heads: int
+
+    @property
+    def distilled(self) -> bool:
+        """Whether layers were taken from its decoder, and what it was then trained for was speech alone: of
+        OpenAI's own only turbo, of others all that were distilled from them."""
+        return self.decoder < self.encoder
+
+    @classmethod
+    def of(cls, directory: Path) -> Shape:
+        """By the names of the variables in model.bin: each is a name (its length in 2 bytes), a rank (1) and
+        as many dimensions (4), a type (1), a size in bytes (4), and the values.
+        """
+        layers, heads = {b"encoder": 0, b"decoder": 0}, 8  # CTranslate2's default
+        with (directory / "model.bin").open("rb") as file:
+
+            def number(size: int) -> int:
+                return int.from_bytes(file.read(size), "little")
+
+            number(4)  # of the format; CTranslate2 judges it
+            file.read(number(2))  # "WhisperSpec"
+            number(4)  # its revision
+            left = number(4)
+            while left and (name := file.read(number(2)).rstrip(b"\0")):  # nothing: the file is broken
+                left -= 1
+                file.seek(4 * number(1) + 1, os.SEEK_CUR)
+                values = number(4)
+                if name == b"decoder/num_heads":
+                    heads, values = number(values), 0
+                if layer := re.match(rb"(encoder|decoder)/layer_(\d+)/", name):
+                    layers[layer[1]] = max(layers[layer[1]], int(layer[2]) + 1)
+                file.seek(values, os.SEEK_CUR)
+        return cls(layers[b"encoder"], layers[b"decoder"], heads)
+
+
+@contextlib.contextmanager
+def with_its_own_heads(directory: Path, shape: Shape) -> Iterator[Path]:
+    """A directory to load a model from, whose config.json names no alignment heads that the decoder lacks:
+    CTranslate2 reads beyond its memory for them. Published conversions of distilled models have those of
+    the original (kotoba-whisper#2, faster-whisper#688). As distil-large-v3 has it, all heads of the last
+    layer stand in for them, in a copy beside links to the other files: a cache is not ours to write to.
+    """
+    own = [[layer, head] for layer in range(shape.decoder) for head in range(shape.heads)]
+    try:
+        config = dict(json.loads((directory / "config.json").read_bytes()))
+    except (OSError, TypeError, ValueError):
+        own, config = [], {}  # CTranslate2 says what is wrong with it
+    named = config.get("alignment_heads")
+    if not own or (isinstance(named, list) and named and all(pair in own for pair in named)):
+        yield directory
+        return
+    log.warning(
+        "model in %s: its decoder lacks the heads that tell the times of words; its last layer does",
+        directory,
+    )
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for file in itertools.chain.from_iterable(map(directory.glob, WANTED_FILES)):
+            if file.name != "config.json":
+                make_link(file.resolve(), Path(folder, file.name))
+        config["alignment_heads"] = own[-shape.heads :]
+        Path(folder, "config.json").write_text(json.dumps(config))
+        yield Path(folder)
 
 
 def fetch_model(model: str, offline: bool, progress: Callable[[int, int], None]) -> Path:
