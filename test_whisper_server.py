@@ -35,6 +35,7 @@ import textwrap
 import threading
 import time
 import types
+import unicodedata
 import urllib.parse
 import zipfile
 import zlib
@@ -43,7 +44,7 @@ from concurrent.futures import ThreadPoolExecutor
 from decimal import ROUND_HALF_EVEN, Decimal
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 import av
@@ -2033,6 +2034,31 @@ def test_distilled_model_of_another_name(server: Served, tmp_path: Path) -> None
         assert (body["language"], body["text"]) == ("german", "Ein schöner Tag.")
         answer = served.post(AZURE_TRANSLATIONS, sound=JAPANESE)
         assert answer.status_code == 400 and "not trained to translate" in answer.text
+
+
+def test_japanese_prompt_spells_names(server: Served) -> None:
+    for prompt, name in (("こんにちはセカイさん。", "セカイ"), ("コンニチハ、セカイ。", "コンニチハ")):
+        assert name not in server.post(sound=JAPANESE, language="ja").json()["text"]
+        assert name in server.post(sound=JAPANESE, language="ja", prompt=prompt).json()["text"]
+
+
+@pytest.mark.parametrize("kind", ["text", "srt", "vtt"])
+def test_japanese_subtitles_are_utf8_without_a_mark(kotoba: Served, kind: str) -> None:
+    answer = kotoba.post(sound=JAPANESE, response_format=kind)
+    assert SENTENCE in answer.content.decode() and not answer.content.startswith("\ufeff".encode())
+    assert answer.headers["content-type"] == ("text/plain; charset=utf-8")
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_japanese_file_names(server: Served, strict: Served, form: Literal["NFC", "NFD"]) -> None:
+    """macOS takes letters with marks apart."""
+    name = unicodedata.normalize(form, "会議 ガーデン プール.wav")
+    for served in (server, strict):
+        assert "hello" in served.post(sound=HELLO, name=name).json()["text"].lower()
+    answer = server.post(sound=b"", name=name)
+    assert answer.status_code == 400 and repr(name) in answer.json()["error"]["message"]
+    assert name in server.log_file.read_text(encoding="utf-8")  # in its letters, not escaped
+    assert "Invalid file format" in strict.post(sound=HELLO, name=name.replace("wav", "文書")).text
 
 
 def test_language_that_a_model_has_no_token_for(server: Served) -> None:

@@ -311,6 +311,20 @@ onPage("Japanese by the browser's language", { locale: "ja-JP" }, async (page) =
   assert.deepEqual((await words()).filter((word) => !known.join("").includes(word)), []);
 });
 
+for (const form of ["NFC", "NFD"]) // macOS takes letters with marks apart
+  onPage(`a Japanese file name, ${form}`, { locale: "ja-JP" }, async (page) => {
+    const name = "会議 ガーデン プール".normalize(form);
+    fs.copyFileSync(`${SPEECH}/ja/konnichiwa_sekai.wav`, path.join(folder, `${name}.wav`));
+    await transcribe(page, path.join(folder, `${name}.wav`));
+    assert.ok((await page.innerText("body")).includes(`${name}.wav`));
+    for (const format of ["srt", "vtt"]) {
+      await page.selectOption("#format", format);
+      const saved = await downloaded(page);
+      assert.equal(saved.name, `${name}.${format}`);
+      assert.match(saved.body, /^[^\ufeff]*こんにちは/);
+    }
+  });
+
 for (const colorScheme of ["light", "dark"]) {
   onPage(`${colorScheme}: every text can be read`, { colorScheme }, async (page) => {
     await transcribe(page, fox, { words: true });
