@@ -3,11 +3,12 @@
 
     python benchmark.py                                   # the clips of pytest-audioeval
     python benchmark.py --manifest clips.jsonl --parts latency,long --json result.json
+    python benchmark.py --manifest clips.jsonl --parts robust    # long readings, made harder to hear
     python benchmark.py --other whisper.cpp=http://localhost:8080/inference
 
 A manifest has an object a line: `file` (relative to the manifest), `text`, `lang`; its longest file
-is the long one. Stock runs in a
-process of its own, behind a lock as every simple server has it, without any HTTP: its best case.
+is the long one, `robust` takes all that are long. Stock runs in a process of its own, behind a lock
+as every simple server has it, without any HTTP: its best case.
 Compare ratios within one run; absolute times move with whatever else the machine does.
 """
 
@@ -28,18 +29,25 @@ import time
 import wave
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import av
+import av.filter
 import httpx
 import jiwer
-import whisper_normalizer.basic
-import whisper_normalizer.english
+import numpy as np
+import numpy.typing as npt
+import whisper_normalizer.basic  # type: ignore[import-untyped]
+import whisper_normalizer.english  # type: ignore[import-untyped]
+
+Sound = npt.NDArray[np.floating[Any]]  # mono samples at RATE, 1.0 is full scale
 
 HERE = Path(__file__).parent
 LONG_SECONDS = 60  # what is longer is timed on its own
 SHORT_SECONDS = 12  # clips up to this length count as short
+RATE = 16000  # samples a second, as Whisper hears
 NO_SPACES = ("ja", "zh", "ko")  # characters are counted there, not words
 
 
@@ -181,7 +189,7 @@ def read_manifest(path: Path | None) -> list[Clip]:
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
         found = [(path.parent / line["file"], line["text"], line["lang"]) for line in lines]
     else:
-        import pytest_audioeval
+        import pytest_audioeval  # type: ignore[import-untyped]
 
         folder = Path(pytest_audioeval.__path__[0]) / "samples" / "audio"
         waves = sorted(folder.glob("*/*.wav"))
@@ -191,8 +199,6 @@ def read_manifest(path: Path | None) -> list[Clip]:
 
 def length(path: Path) -> float:
     """Seconds of sound in a file, by its container."""
-    import av
-
     with av.open(str(path)) as container:
         return (container.duration or 0) / 1e6
 
@@ -215,8 +221,8 @@ def throughput(side: Side, clips: list[Clip], clients: int, given: bool) -> floa
     return len(clips) / (time.monotonic() - started)
 
 
-def errors(clips: list[Clip], heard: Iterable[str]) -> dict[str, float]:
-    """Word error rate, and character error rate where words are not separated, in percent."""
+def aligned(clips: list[Clip], heard: Iterable[str]) -> dict[str, Any]:
+    """jiwer's finding on what was said and heard: by words, by characters where words are not separated."""
     english = whisper_normalizer.english.EnglishTextNormalizer()
     basic = whisper_normalizer.basic.BasicTextNormalizer()
     rows: dict[str, tuple[list[str], list[str]]] = {"wer": ([], []), "cer": ([], [])}
@@ -228,8 +234,22 @@ def errors(clips: list[Clip], heard: Iterable[str]) -> dict[str, float]:
             said, got = said.replace(" ", ""), got.replace(" ", "")
         rows[kind][0].append(said)
         rows[kind][1].append(got)
-    rates = {"wer": jiwer.wer, "cer": jiwer.cer}
-    return {kind: 100 * float(rates[kind](said, got)) for kind, (said, got) in rows.items() if said}
+    by: dict[str, Callable[..., Any]] = {"wer": jiwer.process_words, "cer": jiwer.process_characters}
+    return {kind: by[kind](said, got) for kind, (said, got) in rows.items() if said}
+
+
+def errors(clips: list[Clip], heard: Iterable[str]) -> dict[str, float]:
+    """Word error rate, and character error rate where words are not separated, in percent."""
+    return {kind: 100 * getattr(found, kind) for kind, found in aligned(clips, heard).items()}
+
+
+def mistakes(clips: list[Clip], heard: list[Heard]) -> dict[str, Any]:
+    """Error rates in percent and their kinds, how many files may differ next time, each file's rates."""
+    row: dict[str, Any] = {"sampled": sum(one.sampled for one in heard)}
+    for kind, found in aligned(clips, (one.text for one in heard)).items():
+        counts = {name: getattr(found, name) for name in ("substitutions", "deletions", "insertions")}
+        row[kind] = {"percent": 100 * getattr(found, kind)} | counts
+    return row | {"files": [errors([clip], [one.text]) for clip, one in zip(clips, heard, strict=True)]}
 
 
 def memory(pid: int, line: str) -> float:
@@ -260,12 +280,133 @@ def write_wave(path: Path, blocks: Iterable[bytes], rate: int, channels: int) ->
 
 def sound_of(path: Path) -> bytes:
     """A file as 16-bit mono samples at 16 kHz."""
-    import av
-
-    resampler = av.AudioResampler(format="s16", layout="mono", rate=16000)
+    resampler = av.AudioResampler(format="s16", layout="mono", rate=RATE)
     with av.open(str(path)) as container:
         parts = [f for frame in container.decode(audio=0) for f in resampler.resample(frame)]
     return b"".join(bytes(part.planes[0])[: part.samples * 2] for part in parts)
+
+
+# ------------------------------------------------------------------------------------------------
+# a long reading, made harder to hear; the same samples each time
+# ------------------------------------------------------------------------------------------------
+
+
+def load(clip: Clip) -> Sound:
+    return np.frombuffer(sound_of(clip.path), np.int16).astype(np.float32) / 32768
+
+
+def frame_of(sound: Sound) -> Any:
+    """The sound as one 16-bit frame of PyAV, made quieter where it would be clipped."""
+    samples = sound * 32767 / max(1.0, float(np.abs(sound).max()))
+    frame = av.AudioFrame.from_ndarray(samples.astype(np.int16)[None], format="s16", layout="mono")
+    frame.sample_rate = RATE
+    return frame
+
+
+def save(path: Path, sound: Sound, codec: str = "pcm_s16le", rate: int = RATE) -> Path:
+    """A file of the kind that its suffix says; the encoder resamples."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=rate, layout="mono")
+        stream.bit_rate = 12200  # AMR-NB's best; PCM has no choice
+        out.mux(stream.encode(frame_of(sound)))
+        out.mux(stream.encode(None))
+    return path
+
+
+def joined(clips: list[Clip], path: Path) -> Clip:
+    """One reading from short clips, with pauses of half a second."""
+    pause = np.zeros(RATE // 2, np.float32)
+    save(path, np.concatenate([part for clip in clips for part in (load(clip), pause)]))
+    return Clip(path, " ".join(clip.text for clip in clips), clips[0].lang, length(path))
+
+
+def mixed(sound: Sound, noise: Sound, decibels: float) -> Sound:
+    """The noise so far below the sound, both measured over the whole length."""
+    return sound + noise * float(sound.std() / noise.std() / 10 ** (decibels / 20))
+
+
+def babble(clips: list[Clip], size: int) -> Sound:
+    """Eight voices at once: the clips, equally loud, one after another, from eight places on."""
+    voices = np.concatenate([sound / (sound.std() or 1) for sound in map(load, clips)])
+    out = np.zeros(size)
+    for place in range(0, voices.size, voices.size // 8 + 1):
+        out += np.resize(np.roll(voices, -place), size)
+    return out
+
+
+def pink_noise(size: int) -> Sound:
+    """As much power in each octave, from 20 Hz on: what is lower would take its share unheard."""
+    spectrum = np.fft.rfft(np.random.default_rng(0).standard_normal(size))
+    return np.fft.irfft(spectrum / np.sqrt(np.maximum(np.fft.rfftfreq(size, 1 / RATE), 20)), size)
+
+
+def music(size: int) -> Sound:
+    """Am F C G, a chord every 2 s, and a melody of two notes a second above, all struck and dying away."""
+    chords = ((0, 3, 7), (-4, 0, 3), (3, 7, 10), (-2, 2, 5))  # semitones from 220 Hz
+    generator = np.random.default_rng(0)
+    time = np.arange(2 * RATE) / RATE
+    shape = np.minimum(time / 0.01, 1) * np.exp(-2 * time)
+    out = np.zeros(size + time.size)
+    for beat, start in enumerate(range(0, size, RATE // 2)):
+        chord = chords[beat // 4 % 4] if beat % 4 == 0 else ()
+        for note in (int(generator.choice((12, 15, 17, 19, 22, 24))), *chord):
+            phase = 2 * np.pi * 220 * 2 ** (note / 12) * time
+            out[start : start + time.size] += shape * sum(np.sin(n * phase) / n for n in range(1, 6))
+    return out[:size]
+
+
+def pauses(sound: Sound) -> Iterator[tuple[int, int]]:
+    """First and last sample of each pause of 0.3 s or more: 30 dB below speech, or hardly above the noise."""
+    step = RATE // 50
+    frames = np.square(sound[: sound.size // step * step]).reshape(-1, step).mean(axis=1)
+    loudness = 10 * np.log10(frames + 1e-10)
+    floor, speech = np.percentile(loudness, (5, 95))
+    edges = np.flatnonzero(np.diff(loudness < max(speech - 30, floor + 3), prepend=False, append=False))
+    for first, last in edges.reshape(-1, 2):
+        if last - first >= 15:
+            yield int(first * step), int(last * step)
+
+
+def with_pauses_of(seconds: float, sound: Sound) -> Sound:
+    """Every pause made so long with its own middle, to and fro; 0.05 s at both ends stay for words' edges."""
+    edge, done, parts = RATE // 20, 0, []
+    for first, last in pauses(sound):
+        middle = sound[first + edge : last - edge]
+        filled = np.resize(np.concatenate([middle, middle[::-1]]), max(0, int(seconds * RATE) - 2 * edge))
+        parts += [sound[done : first + edge], filled]
+        done = last - edge
+    return np.concatenate([*parts, sound[done:]])
+
+
+def faster(times: float, sound: Sound) -> Sound:
+    """The same pitch in less time."""
+    graph = av.filter.Graph()
+    source = graph.add_abuffer(sample_rate=RATE, format="s16", layout="mono")
+    graph.link_nodes(source, graph.add("atempo", str(times)), graph.add("abuffersink")).configure()
+    graph.push(frame_of(sound))
+    graph.push(None)
+    parts = []
+    with contextlib.suppress(av.EOFError):
+        while True:
+            parts.append(graph.pull().to_ndarray()[0])
+    return np.concatenate(parts).astype(np.float32) / 32768
+
+
+def harder(clip: Clip, others: list[Clip], folder: Path) -> Iterator[tuple[str, Path]]:
+    """The clip as it is, and in each way that makes it harder, as files."""
+    yield "as it is", clip.path
+    sound = load(clip)
+    voices = babble(others or [clip], sound.size)
+    yield "babble, 10 dB", save(folder / "babble.wav", mixed(sound, voices, 10))
+    yield "pink noise, 5 dB", save(folder / "pink.wav", mixed(sound, pink_noise(sound.size), 5))
+    yield "music, 10 dB", save(folder / "music.wav", mixed(sound, music(sound.size), 10))
+    yield "8 kHz mu-law", save(folder / "telephone.wav", sound, "pcm_mulaw", 8000)
+    with contextlib.suppress(av.codec.codec.UnknownCodecError):  # not every FFmpeg can write it
+        yield "AMR-NB", save(folder / "mobile.amr", sound, "libopencore_amrnb", 8000)
+    hasty = faster(1.25, with_pauses_of(0.1, sound))
+    yield "no pauses, 1.25 times faster", save(folder / "hasty.wav", hasty)
+    yield "pauses of 3 s", save(folder / "pauses.wav", with_pauses_of(3, sound))
+    yield "40 dB quieter", save(folder / "quiet.wav", sound / 100)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -278,16 +419,16 @@ class Run:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        everything = read_manifest(options.manifest)
-        self.clips = [clip for clip in everything if clip.seconds <= LONG_SECONDS]
-        self.long_clip = max(everything, key=lambda clip: clip.seconds)
+        self.everything = read_manifest(options.manifest)
+        self.clips = [clip for clip in self.everything if clip.seconds <= LONG_SECONDS]
+        self.long_clip = max(self.everything, key=lambda clip: clip.seconds)
         self.short = [clip for clip in self.clips if clip.seconds <= SHORT_SECONDS]
         arguments = (options.model, options.threads, options.beam)
         self.ours, self.stock = Ours(*arguments), Stock(*arguments)
         self.sides: list[Side] = [self.ours, self.stock, *map(Other, options.other)]
         self.result: dict[str, Any] = {"clips": len(self.clips), "short": len(self.short)}
         for side in self.sides:
-            side.hear(self.short[0], None)  # loads the model
+            side.hear(min(self.everything, key=lambda clip: clip.seconds), None)  # loads the model
 
     def latency(self) -> None:
         """Median and p95 of short clips, and the error rates over all clips."""
@@ -374,7 +515,7 @@ class Run:
         thread = threading.Thread(target=self.ours.hear, args=(long, None))
         thread.start()
         time.sleep(1.5)
-        busy = []
+        busy: list[float] = []
         while thread.is_alive() or not busy:
             busy.append(self.ours.hear(clip, clip.lang).seconds)
             time.sleep(0.3)
@@ -384,13 +525,30 @@ class Run:
             "busy / idle": statistics.median(busy) / statistics.median(idle),
         }
 
+    def robust(self) -> None:
+        """Long readings as they are and made harder: what every side misses, mistakes and makes up."""
+        rows: dict[str, dict[str, list[Heard]]] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            clips = [c for c in self.everything if c.seconds > LONG_SECONDS and c.text] or [self.long_clip]
+            if not self.options.manifest:
+                clips = [joined([c for c in self.clips if c.lang == "en"], Path(folder, "joined.wav"))]
+            for clip in clips:  # its own sentences must not be in its babble
+                others = [c for c in self.everything if c.text not in clip.text]
+                for way, path in harder(clip, others, Path(folder)):
+                    for side in self.sides:
+                        heard = side.hear(replace(clip, path=path), None)
+                        rows.setdefault(way, {}).setdefault(side.name, []).append(heard)
+        self.result["robust"] = {
+            way: {side: mistakes(clips, heard) for side, heard in row.items()} for way, row in rows.items()
+        }
+
     def memory(self) -> None:
         """An hour of sound, and a 500 MB upload."""
         grown: dict[str, float] = {}
         with tempfile.TemporaryDirectory() as folder:
             sound = sound_of(self.long_clip.path)
-            times = max(1, 3600 * 16000 * 2 // len(sound))
-            hour = write_wave(Path(folder, "hour.wav"), [sound] * times, 16000, 1)
+            times = max(1, 3600 * RATE * 2 // len(sound))
+            hour = write_wave(Path(folder, "hour.wav"), [sound] * times, RATE, 1)
             with peak_growth(self.ours.worker, grown, "worker, 1 h of sound, MB"):
                 self.ours.hear(Clip(hour, "", "en", 3600), "en")
             silence = write_wave(Path(folder, "big.wav"), [bytes(2**20)] * 500, 48000, 2)
@@ -436,6 +594,7 @@ def main() -> None:
         "latency": Run.latency,
         "throughput": Run.throughput,
         "long": Run.long,
+        "robust": Run.robust,
         "memory": Run.memory,
         "overhead": Run.overhead,
     }
