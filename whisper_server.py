@@ -3020,8 +3020,9 @@ class Child:
 
     def transcribe(self, recording: Recording) -> None:
         """Cut the file into windows, decode them side by side, send their segments in order."""
-        if recording.options.language:
-            recording.language.set_result(recording.options.language)
+        known = recording.options.language or trained_for(self.model)
+        if known in LANGUAGES:
+            recording.language.set_result(known)
         delivery: Delivery | None = None
         sound = Sound(recording, self.settings.max_audio_seconds, self.turns, self.busy)
         try:
@@ -3031,8 +3032,7 @@ class Child:
                 if delivery is None:
                     self.send("progress", recording.id, 0.0, *sound.known(), [])
                     engine = self.loaded(recording)
-                    if (language := engine.check(recording.options)) and not recording.language.done():
-                        recording.language.set_result(language)
+                    engine.check(recording.options)
                     engine.owner.enter(recording)
                     delivery = Delivery(recording, sound, engine, self.send)
                 self.begin(recording, delivery, windows)
@@ -3891,11 +3891,11 @@ class Engine:
         from faster_whisper import WhisperModel
 
         self.name, self.settings = name, settings
-        shape = Shape.of(directory)
         threads = settings.threads or available_cores()
         self.batch_size = settings.batch_size or batch_size_for(directory, device)  # of all lanes together
         lanes = min(self.batch_size, lanes_for(directory, threads)) if device.device == "cpu" else 1
         try:
+            shape = Shape.of(directory)
             with with_its_own_heads(directory, shape) as loadable:
                 self.whisper = fitted_whisper(WhisperModel)(
                     str(loadable),
@@ -3904,8 +3904,10 @@ class Engine:
                     cpu_threads=max(1, threads // lanes),
                     num_workers=lanes,
                 )
-        except RuntimeError as error:  # of CTranslate2: a truncated or foreign model.bin
-            message = f"The model in {directory} cannot be loaded: {error}. If it was fetched, delete it "
+        except (OSError, RuntimeError) as error:  # CTranslate2's latter: a truncated or foreign model.bin
+            message = (
+                f"The model in {directory} cannot be loaded: {reason(error)}. If it was fetched, delete it "
+            )
             message += "there and start again; if it is your own, convert it again."
             raise Refusal(503, message, code="model_unusable") from None
         model = self.whisper.model
@@ -3923,16 +3925,12 @@ class Engine:
         self.current = self.whisper.current = threading.local()
         self.whisper.model = OwnedModel(model, self.owner, self.current)
 
-    def check(self, options: Options) -> str | None:
-        """The language that a file is in, given or the model's only one; None: it has to be found.
-
-        Raises Refusal 400 for a task or a language that this model was not trained for.
-        """
+    def check(self, options: Options) -> None:
+        """Raises Refusal 400 for a task or a language that this model was not trained for."""
         check_training(self.name, self.trained, options.task, options.language)
-        language = options.language or (self.trained if self.trained in LANGUAGES else None)
-        if language and self.whisper.hf_tokenizer.token_to_id(f"<|{language}|>") is None:
-            raise unknown_language(self.name, language)  # Cantonese came with large-v3
-        return language
+        token = self.whisper.hf_tokenizer.token_to_id(f"<|{options.language}|>")
+        if options.language and token is None:  # Cantonese came with large-v3
+            raise unknown_language(self.name, options.language)
 
     def transcribe(self, recording: Recording, window: Window) -> list[Segment]:
         """Segments of one window, at their times in the file. Finds the language if nobody gave it."""
@@ -4061,6 +4059,7 @@ MODELS = {name: (repository, revision) for name, repository, revision, _ in KNOW
 TRAINED = {repository: trained for _, repository, _, trained in KNOWN}
 PINNED = dict(MODELS.values())
 MODEL_ALIASES = {"large": "large-v3", "turbo": "large-v3-turbo", "kotoba-whisper": "kotoba-whisper-v2.0"}
+MODEL_ALIASES["kotoba-tech/kotoba-whisper-v2.0"] = "kotoba-whisper-v2.0"
 MODEL_FILES = ("config.json", "model.bin", "tokenizer.json", "vocabulary.*")  # what every model has
 WANTED_FILES = (*MODEL_FILES, "preprocessor_config.json")  # the last only where there are 128 mels
 # For `base` alone, the same bytes are on the Python package index, model.bin in two parts.
@@ -4093,7 +4092,7 @@ def repository_of(model: str) -> tuple[str, str | None]:
 
     Raises Refusal 503 for a name that is neither known nor a repository id.
     """
-    name = model.removeprefix("openai/whisper-").removeprefix("kotoba-tech/")
+    name = model.removeprefix("openai/whisper-")
     name = MODEL_ALIASES.get(name, name)
     if name in MODELS:
         return MODELS[name]
@@ -4114,7 +4113,7 @@ def trained_for(model: str) -> str:
     >>> trained_for("/models/kotoba-whisper-v2.1-faster"), trained_for("kotoba-tech/kotoba-whisper-v2.0")
     ('ja', 'ja')
     """
-    if re.search(r"kotoba-whisper-v\d", model):  # there is a bilingual one, too
+    if re.search("kotoba-whisper(?!-bilingual)", model, re.I):
         return "ja"
     try:
         return TRAINED.get(repository_of(model)[0], "")
@@ -4159,8 +4158,8 @@ def missing_files(directory: Path, repository: str = "") -> list[str]:
 
     Without its own tokenizer.json, faster-whisper would silently fetch one that fits another model.
     """
-    v3 = repository in PINNED and re.search("large-v3|kotoba", repository)  # 128 mels
-    wanted = WANTED_FILES if v3 else MODEL_FILES
+    hears_128 = repository in PINNED and re.search("large-v3|kotoba", repository)
+    wanted = WANTED_FILES if hears_128 else MODEL_FILES
     return [pattern for pattern in wanted if not any(directory.glob(pattern))]
 
 
@@ -4193,8 +4192,7 @@ class Shape(NamedTuple):
 
     @property
     def distilled(self) -> bool:
-        """Whether layers were taken from its decoder, and what it was then trained for was speech alone: of
-        OpenAI's own only turbo, of others all that were distilled from them."""
+        """Whether its decoder has lost layers: then it was trained anew, as turbo, but not to translate."""
         return self.decoder < self.encoder
 
     @classmethod
@@ -4240,10 +4238,10 @@ def with_its_own_heads(directory: Path, shape: Shape) -> Iterator[Path]:
     if not own or (isinstance(named, list) and named and all(pair in own for pair in named)):
         yield directory
         return
-    log.warning(
-        "model in %s: its decoder lacks the heads that tell the times of words; its last layer does",
-        directory,
+    why = (
+        "model in %s: config.json does not name heads of its decoder; words get their times by its last layer"
     )
+    log.warning(why, directory)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for file in itertools.chain.from_iterable(map(directory.glob, WANTED_FILES)):
             if file.name != "config.json":
