@@ -3839,12 +3839,14 @@ def fitted_whisper(whisper_model: type[Any]) -> type[Any]:
             before, frames = attempt.called, attempt.frames
             attempt.note("encode")
             if before == "detect_language":
-                return attempt.encoding  # of the same frames, all but the last one
+                return attempt.encoding  # of the same frames
             if before:  # the rest after the last stamp
                 if not attempt.rest_has_speech():
                     raise WindowDone
                 if frames < FULL:
                     frames = fitted(int(features.any(axis=0).nonzero()[0][-1]) + 1)
+            else:  # to detect the language it leaves a frame more in than to decode, and the text differed
+                features[:, len(attempt.window.samples) * 100 // RATE :] = 0
             attempt.encoding = super().encode(features[:, :frames])
             return attempt.encoding
 
