@@ -1213,13 +1213,88 @@ def test_only_what_detects_the_language_is_encoded_twice_alike(engine: Engine) -
 
 
 def test_language_given_changes_nothing_if_it_is_the_one_found(server: Served) -> None:
-    """One clip in three got another text or time: to detect, the model saw a frame that it lacks to decode."""
+    """One clip in three got another text or time: to detect, the model saw a frame more than to decode."""
     clips = [Clip(f"{path.parent.name}/{path.stem}") for path in sorted(SAMPLES.glob("*/*.wav"))[:20]]
     for clip in clips:
         found = server.post(sound=clip, response_format="verbose_json").json()
         given = server.post(sound=clip, response_format="verbose_json", language=found["language"]).json()
         if not any(segment["temperature"] for segment in found["segments"] + given["segments"]):
             assert given == found, clip.path
+
+
+@pytest.mark.parametrize("word", [False, True])
+@pytest.mark.parametrize(
+    ("first", "second", "quieter", "pause"),
+    [
+        ("en/hello_world", "en/quick_brown_fox", 0.03, 1.2),
+        ("pt/ola_mundo", "pt/pangrama", 0.03, 0.4),
+        ("fr/comptage", "fr/pangrama", 0.1, 0.4),
+        ("ja/kazoeru", "ja/pangrama", 0.03, 0.4),
+    ],
+)
+def test_what_follows_an_early_end_is_heard(
+    engine: Engine, first: str, second: str, quieter: float, pause: float, word: bool
+) -> None:
+    """The model took the first sentence for all there was, and somebody farther away was not heard."""
+    one, other = Clip(first), Clip(second)
+    sound = np.concatenate([samples_of(one, pause), other.samples * np.float32(quieter)])
+    asked: dict[str, Any] = {"granularities": frozenset({"word"} if word else ())}
+    segments = transcribed(engine, sound, language=one.language, **asked)
+    begins = one.seconds + pause
+    alone = [
+        *transcribed(engine, one.samples, language=one.language),
+        *transcribed(engine, other.samples, language=one.language),
+    ]
+    said = ["".join(segment.text for segment in some) for some in (segments, alone)]
+    assert wrong(*said) <= 0.3
+    assert segments[-1].end > begins + 0.5 * other.seconds
+    for before, after in itertools.pairwise(segments):
+        assert before.end <= after.start and before.seek <= after.seek
+
+
+def test_babble_after_speech_says_nothing(engine: Engine) -> None:
+    """A crowd is speech to the VAD; decoded alone it said "Thank you very much"."""
+    crowd = np.zeros(4 * RATE, np.float32)
+    for number, path in enumerate(sorted(SAMPLES.glob("*/*.wav"))[:14]):
+        backwards = Clip(f"{path.parent.name}/{path.stem}").samples[::-1]
+        crowd += np.roll(np.resize(backwards, len(crowd)), number * 5000)
+    crowd *= 0.3 / np.abs(crowd).max()
+    for clip, louder in itertools.product((ENGLISH, Clip("fr/pangrama"), Clip("pt/contagem")), (1, 0.3)):
+        sound = np.concatenate([clip.samples, crowd * np.float32(louder)])
+        segments = transcribed(engine, sound, language=clip.language)
+        assert len(segments) == 1 and segments[0].end < clip.seconds + 1
+
+
+def test_tail_that_repeats_is_no_news() -> None:
+    def said(*texts: str) -> list[Any]:
+        return [types.SimpleNamespace(text=text) for text in texts]
+
+    found = said(" And that", " should be all. Thanks.")
+    assert whisper_server.only_repeats(said(" Thanks!"), found)
+    assert whisper_server.only_repeats(said(" should be", " all, thanks"), found)
+    assert not whisper_server.only_repeats(said(" Thanks a lot."), found)
+
+
+def test_tail_begins_in_the_pause_before_it() -> None:
+    """A last stamp is often late, in the first words of what follows; they were lost."""
+    window = Window(0, rest(6), [(0.1, 0.9), (1.5, 4.6), (4.8, 5.5)])
+
+    def begin(start: float, end: float) -> float:
+        return whisper_server.tail_begin(window, types.SimpleNamespace(start=start, end=end))
+
+    assert begin(0, 1.2) == begin(0, 2.0) == 0.9 and begin(0, 0.8) == 0.8
+    assert begin(0, 2.5) == 2.5  # in the midst of speech: there
+    assert begin(1.0, 2.0) == 2.0  # else nothing would be left of its segment
+
+
+def test_english_only_model_refuses_other_languages() -> None:
+    tokenizer = types.SimpleNamespace(token_to_id=lambda token: 1)
+    model = types.SimpleNamespace(is_multilingual=False)
+    engine: Any = types.SimpleNamespace(whisper=types.SimpleNamespace(model=model, hf_tokenizer=tokenizer))
+    Engine.check_language(engine, "en")
+    with pytest.raises(Refusal, match="'de'") as refused:
+        Engine.check_language(engine, "de")
+    assert refused.value.status == 400
 
 
 def test_failed_load_ends_its_step_before_another_may_begin(

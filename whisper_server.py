@@ -3750,6 +3750,10 @@ FEW_TOKENS = 20  # more than that: a window of a second may hold some words, the
 LEAST_KEPT = 0.3  # seconds that moving a stamp to the speech must leave of a segment or a word
 SPEECH_SLACK = 0.3  # seconds around speech that may belong to it: the VAD misses quiet consonants
 REST_SPEECH_SECONDS = 0.2  # speech after the last stamp that is worth another decode
+TAIL_SPEECH_SECONDS = 1.5  # speech after the last segment that is decoded on its own; less makes up words
+MOST_TAILS = 3  # of one window
+LATE_STAMP = 0.7  # seconds that the last stamp before a tail may lie in the tail's first words
+TAIL_LOGPROB = -0.68  # of speech -0.65 and more; of babble that the VAD took for speech, less
 AUTO_BATCH = 10  # windows; more take more memory and are no faster
 LARGE_BATCH = 4  # windows of a large model on a CPU, which more of them keep busy for longer, no better
 LANES_BYTES = 2**30  # of model.bin; with a larger one threads are better spent on one window at a time
@@ -3935,7 +3939,23 @@ class Engine:
             raise unknown_language(self.name, options.language)
 
     def transcribe(self, recording: Recording, window: Window) -> list[Segment]:
-        """Segments of one window, at their times in the file. Finds the language if nobody gave it."""
+        """Segments of one window, at their times in the file. Finds the language if nobody gave it.
+
+        The model may end long before the speech does; what is left is decoded as a window of its own.
+        """
+        found = self.decode(recording, window)
+        for _ in range(MOST_TAILS if found and self.settings.vad else 0):
+            end = tail_begin(window, found[-1])
+            tail = tail_of(window, end)
+            more = self.decode(recording, tail) if tail.spoken > TAIL_SPEECH_SECONDS else []
+            if not more or is_doubtful(more[0]) or only_repeats(more, found):
+                break
+            found[-1] = dataclasses.replace(found[-1], end=min(end, found[-1].end))
+            found += [later(one, end) for one in more]
+        return placed(found, window)
+
+    def decode(self, recording: Recording, window: Window) -> list[Any]:
+        """faster-whisper's segments of one window, at their times in it."""
         fit = fitted(math.ceil(len(window.samples) * 100 / RATE))
         arguments = self.arguments_for(recording.options)
         for frames in dict.fromkeys((fit, FULL)):
@@ -3953,7 +3973,7 @@ class Engine:
                 pass
             except Misfit:
                 continue
-            return placed(found, window)
+            return found
         raise AssertionError("the last size is never a misfit")
 
     def arguments_for(self, options: Options) -> dict[str, Any]:
@@ -3967,6 +3987,44 @@ class Engine:
             "word_timestamps": "word" in options.granularities,
             "condition_on_previous_text": False,  # windows of one file are decoded side by side
         }
+
+
+def tail_begin(window: Window, last: Any) -> float:
+    """The second of a window where what follows its last segment begins: in the pause, if one is near."""
+    end = float(last.end)
+    for (_, before), (start, stop) in itertools.pairwise([(0.0, last.start), *window.speech]):
+        if end < min(start + LATE_STAMP, stop - LATE_STAMP) and last.start < before:
+            return min(end, before)
+    return end
+
+
+def tail_of(window: Window, end: float) -> Window:
+    """What follows a second of a window, as a window that begins there."""
+    speech = [(max(start, end) - end, stop - end) for start, stop in window.speech if stop > end]
+    return Window(0, window.samples[int(end * RATE) :], speech)
+
+
+def is_doubtful(segment: Any) -> bool:
+    """Whether a tail may be no speech: what is no better than many a window was often made up."""
+    return bool(segment.temperature > 0 or segment.avg_logprob < TAIL_LOGPROB)
+
+
+def only_repeats(more: list[Any], found: list[Any]) -> bool:
+    """Whether segments say what others end with, as where a stamp was too early."""
+    again, said = (
+        "".join(c for one in part for c in one.text.lower() if c.isalnum()) for part in (more, found)
+    )
+    return said.endswith(again)
+
+
+def later(segment: Any, seconds: float) -> Any:
+    """faster-whisper's segment, so many seconds later."""
+
+    def moved(one: Any, **other: Any) -> Any:
+        return dataclasses.replace(one, start=one.start + seconds, end=one.end + seconds, **other)
+
+    words = segment.words and [moved(word) for word in segment.words]
+    return moved(segment, seek=segment.seek + int(seconds * 100), words=words)
 
 
 def placed(found: list[Any], window: Window) -> list[Segment]:
