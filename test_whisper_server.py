@@ -517,7 +517,7 @@ def test_figures_of_segments_are_the_models_own(server: Served) -> None:
 
 
 def test_seek_is_where_the_window_begins(server: Served) -> None:
-    wav = sound(5.0, ENGLISH, 1.0, COUNTING, 6.0, HELLO)
+    wav = sound(5.0, ENGLISH, 1.0, COUNTING, 11.0, HELLO)
     segments = server.post(sound=wav, language="en", response_format="verbose_json").json()["segments"]
     first, second, *_, last = segments
     assert first["seek"] == second["seek"] == pytest.approx(400, abs=30)
@@ -1013,15 +1013,16 @@ def runs_of_speech(draw: Any, longest: int, gap: int) -> list[tuple[int, int]]:
     return runs
 
 
-@given(runs_of_speech(80, 60), st.integers(0, 30), st.integers(0, 30))
-def test_windows_cover_all_speech_once(runs: list[tuple[int, int]], gap: int, after: int) -> None:
+@given(runs_of_speech(200, 150), st.integers(10, 30), st.integers(0, 30))
+def test_windows_cover_all_speech_once(runs: list[tuple[int, int]], rate: int, after: int) -> None:
     length = (runs[-1][1] if runs else 0) + after
-    windows = plan_windows(runs, length, limit=100, gap=gap, pad=10)
-    assert windows == sorted(windows)
-    assert all(0 <= start < end <= length and end - start <= 100 for start, end in windows)
-    assert all(one[1] <= other[0] for one, other in itertools.pairwise(windows))
+    windows = plan_windows(runs, length, rate)
+    stretches = [*itertools.chain.from_iterable(windows)]
+    assert all(0 <= start < end <= length for start, end in stretches)
+    assert all(sum(end - start for start, end in window) <= 28 * rate for window in windows)
+    assert all(one[1] <= other[0] for one, other in itertools.pairwise(stretches))
     for start, end in runs:
-        assert sum(one <= start and end <= other for one, other in windows) == 1
+        assert sum(one <= start and end <= other for one, other in stretches) == 1
 
 
 def loud_runs(samples: Any, vad: bool) -> list[tuple[int, int]]:
@@ -1042,11 +1043,17 @@ def test_windows_meet_across_blocks(runs: list[tuple[int, int]], step: int, afte
         patch.setattr(whisper_server, "VAD_BLOCK_SECONDS", 20)
         windows = [*itertools.chain.from_iterable(cut_windows(blocks, True))]
     for window in windows:
-        assert np.array_equal(window.samples, sound[window.start : window.start + len(window.samples)])
+        at, kept = window.start, 0
+        for sample, left_out in [*window.cuts, (len(window.samples), 0)]:
+            here = sound[at : at + sample - kept]
+            assert np.array_equal(window.samples[kept:sample], here)
+            assert not sound[at + len(here) : at + len(here) + left_out].any()
+            at, kept = at + len(here) + left_out, sample
+        assert at == window.end
         assert len(window.samples) <= 30 * RATE
         for start, end in window.speech:
             assert 0 <= start < end <= len(window.samples) / RATE + 1e-9
-    assert all(a.start + len(a.samples) <= b.start for a, b in itertools.pairwise(windows))
+    assert all(a.end <= b.start for a, b in itertools.pairwise(windows))
     heard = np.concatenate([window.samples for window in windows] or [rest(0)])
     assert np.array_equal(heard[heard > 0], sound[sound > 0])
     assert sum(len(np.unique(w.samples[w.samples > 0])) for w in windows) == len(runs)  # none is cut in two
@@ -1377,6 +1384,69 @@ def test_times_lie_where_speech_is() -> None:
     assert times(later, (0.0, 0.5), (7.4, 9.0)) == [(100.0, 100.5), (107.4, 108.0)]  # the VAD has missed it
     assert times(later, (0.0, 0.72), (7.28, 8.0)) == [(100.0, 100.72), (107.28, 108.0)]  # nor half of it
     assert times(later, (3.0, 4.0), (2.0, 5.0)) == [(103.0, 104.0), (103.0, 105.0)]  # in order
+
+
+def test_times_around_a_shortened_pause_are_those_of_the_file() -> None:
+    window = Window(0, rest(10), [(1.0, 3.0), (5.0, 8.0)], [(4 * RATE, 6 * RATE)])  # 3 to 11 s in the file
+    assert window.end == 16 * RATE
+    for inside, in_file in (
+        ((1.0, 3.0), (1.0, 3.0)),
+        ((1.0, 5.0), (1.0, 5.0)),  # to where the next begins: not across the pause
+        ((1.0, 5.1), (1.0, 5.1)),
+        ((2.9, 8.0), (8.9, 14.0)),  # from where the last ended
+        ((3.0, 5.1), (9.0, 11.1)),
+        ((3.1, 3.9), (9.1, 9.9)),  # within the pause: words begin early
+        ((2.9, 3.5), (2.9, 3.5)),  # a short word before it
+        ((5.0, 5.1), (11.0, 11.1)),  # and after it
+        ((1.0, 8.0), (1.0, 14.0)),
+    ):
+        assert window.in_file(*inside) == pytest.approx(in_file), inside
+
+
+def in_parts(clip: Clip, count: int) -> list[Any]:
+    """A clip cut where it is quietest, at least a quarter of a second apart."""
+    loud = np.convolve(clip.samples**2, np.hanning(800), "same")
+    spoken = np.flatnonzero(loud > loud.max() / 100)
+    loud[: spoken[0] + RATE // 5] = loud[spoken[-1] - RATE // 5 :] = np.inf
+    cuts = []
+    for _ in range(count - 1):
+        cuts.append(int(loud.argmin()))
+        loud[cuts[-1] - RATE // 4 : cuts[-1] + RATE // 4] = np.inf
+    return np.split(clip.samples, sorted(cuts))
+
+
+@pytest.mark.parametrize(("name", "pause"), [("en/counting", 2.5), ("fr/comptage", 4.0), ("es/conteo", 3.0)])
+def test_words_between_long_pauses_are_heard_as_one_list(server: Served, name: str, pause: float) -> None:
+    """A word of half a second in a window of its own came back as another, or in another language."""
+    clip = Clip(name)
+    parts = in_parts(clip, 5)
+    pieces = [piece for part in parts for piece in (part, rest(pause))]
+    fields: dict[str, Any] = {"response_format": "verbose_json", "granularities": ["word", "segment"]}
+    body = server.post(sound=wav_of(np.concatenate(pieces)), **fields).json()
+    assert body["language"] == LANGUAGES[clip.language]
+    numbers = {word: str(n) for n, word in enumerate(bare(clip.said).split(), 1)}
+    heard = [(numbers.get(bare(one["word"]), bare(one["word"])), one) for one in body["words"]]
+    listed = " ".join(str(n) for n in range(1, 11))
+    assert jiwer.wer(listed, " ".join(number for number, _ in heard)) <= 0.1  # cut in two, one may come twice
+    at, said = 0.0, []
+    for part in parts:
+        said.append((at, at + len(part) / RATE))
+        at = said[-1][1] + pause
+    assert heard[-1][1]["end"] == pytest.approx(said[-1][1], abs=0.6)
+    for _, one in heard:
+        assert any(start - 1.1 < one["end"] < end + 1.1 for start, end in said), one  # none in a pause
+
+
+@pytest.mark.parametrize("name", ["en/quick_brown_fox", "fr/pangrama", "pt/pangrama"])
+def test_sentence_that_is_said_again_after_a_pause_is_heard_again(server: Served, name: str) -> None:
+    """In one window, as in a language lesson, the model hears it once."""
+    clip = Clip(name)
+    wav, fields = sound(clip, 3.0, clip, 3.0), {"language": clip.language, "response_format": "verbose_json"}
+    body = server.post(sound=wav, **fields).json()
+    assert wrong(body["text"], f"{clip.said} {clip.said}") <= 0.4
+    first, *_, last = body["segments"]
+    assert first["end"] <= clip.seconds + 0.4 and last["start"] >= clip.seconds + 2.5
+    assert "words" not in last
 
 
 def test_sound_without_vad_is_cut_where_it_is_quiet() -> None:
@@ -6697,7 +6767,7 @@ def test_gpu_memory_ends_fewer_windows_then_one_beam_then_the_cpu(
     server: Served, tmp_path: Path, full: str
 ) -> None:
     limit, known = FULL[full]
-    sound = wav_of(np.concatenate([*[samples_of(ENGLISH), rest(3)] * 4]))  # several windows
+    sound = wav_of(np.concatenate([*[samples_of(ENGLISH), rest(11)] * 4]))  # several windows
     with serving(tmp_path, patch=made_up(tmp_path, FULL_GPU + limit)) as served:
         answer = served.post(sound=sound, language="en")
         assert answer.status_code == 200 and wrong(answer.json()["text"], f"{ENGLISH.said} " * 4) <= 0.2

@@ -42,6 +42,7 @@ import ctypes
 import dataclasses
 import difflib
 import errno
+import functools
 import hashlib
 import hmac
 import http.client
@@ -3048,7 +3049,7 @@ class Child:
 
     def begin(self, recording: Recording, delivery: Delivery, windows: list[Window]) -> None:
         """Put windows in work; while the language is unknown, first the one that has most speech."""
-        transcribe = delivery.engine.transcribe
+        transcribe = functools.partial(heard_whole, delivery.engine)
         first = max(windows, key=lambda window: window.spoken)
         telling = self.pool.submit(transcribe, recording, first)
         if not recording.language.done():
@@ -3088,14 +3089,14 @@ class Delivery:
                 if segments:
                     self.send("segments", self.recording.id, segments)
                 self.sent += 1
-                self.until = (window.start + len(window.samples)) / RATE
+                self.until = window.end / RATE
             self.report()
 
     def report(self) -> None:
         """Send how far it is, if that is news: while a model hangs, nothing may say that it works."""
         count = max(0, self.recording.share.encodings - self.sent)
         encoded = [window for _, window in self.ahead][:count]
-        half = sum(len(window.samples) for window in encoded) / RATE / 2  # the other half is to decode it
+        half = sum(one.end - one.start for one in encoded) / RATE / 2  # the other half is to decode it
         progress = (self.until + half, *self.sound.known())
         if progress != self.reported:
             self.reported = progress
@@ -3112,6 +3113,17 @@ def until_language(recording: Recording, windows: Iterable[Window]) -> Iterator[
             held = []
     if held:
         yield held
+
+
+def heard_whole(engine: Engine, recording: Recording, window: Window) -> list[Segment]:
+    """Segments of a window. Of two like sentences the model may hear one; the other is decoded alone."""
+    segments = engine.transcribe(recording, window)
+    for part in window.unheard(segments):
+        segments = sorted(segments + engine.transcribe(recording, part), key=lambda one: one.start)
+    if "word" not in recording.options.granularities:
+        for segment in segments:
+            segment.words = []
+    return segments
 
 
 class Sound:
@@ -3200,8 +3212,16 @@ MAX_BAD_PACKETS = 100_000  # a file of nothing but damage ends here, after a few
 MAX_BAD_READS = 100  # from here on the container itself is broken; its reader gets no further
 WINDOW_SECONDS = 14.0  # longer windows decode slower and no better; Whisper takes at most 30
 UNBROKEN_SECONDS = 26.0  # of speech without a pause; with PAD_SECONDS and the second of `quiet_cuts` below 30
-MAX_GAP_SECONDS = 2.0  # a longer pause is not worth encoding
+MAX_GAP_SECONDS = 2.0  # a longer pause parts windows that have enough speech
 PAD_SECONDS = 1.0  # kept around speech: the first and last sounds of a word are quiet
+# Of a longer pause within a window two of these stay: over more silence stamps slip and words come twice, and
+# after 1 s of it a sentence that is said again is not heard.
+ENOUGH_SPEECH_SECONDS = 5.0  # in a window; of one word the model mistakes even the language
+FAR_GAP_SECONDS = 10.0  # a window with less speech goes on over such a pause
+THIN_WINDOW_SECONDS = 28.0  # and may become so long, its margins included; Whisper takes 30
+STRAY_SECONDS = 1.0  # a last run shorter than this is no window of its own
+UNHEARD_SECONDS = 0.5  # of speech without a word between two such pauses are decoded again: not a breath
+CUT_SLACK = 0.2  # seconds that a stamp may lie in the speech at the wrong side of a shortened pause
 VAD_FRAME = 512  # samples that the VAD judges at a time
 VAD_BLOCK_SECONDS = 120  # looked at together; memory is flat however long the file is
 
@@ -3343,43 +3363,123 @@ def silence_like(frame: Any, seconds: float) -> Iterator[Any]:
 
 @dataclasses.dataclass
 class Window:
-    """A stretch of at most 30 s that is encoded and decoded as one."""
+    """At most 30 s of sound that are encoded and decoded as one; a long pause in them has been shortened."""
 
     start: int  # sample in the file
     samples: Samples
-    speech: list[tuple[float, float]]  # seconds within the window
+    speech: list[tuple[float, float]]  # seconds within `samples`
+    cuts: list[tuple[int, int]] = dataclasses.field(
+        default_factory=list
+    )  # in `samples`; samples left out there
 
     @property
     def spoken(self) -> float:
         """Seconds of speech in it."""
         return sum(end - start for start, end in self.speech)
 
+    @property
+    def end(self) -> int:
+        """Sample in the file."""
+        return self.start + len(self.samples) + sum(left_out for _, left_out in self.cuts)
 
-def plan_windows(
-    speech: list[tuple[int, int]], length: int, limit: int, gap: int, pad: int
-) -> list[tuple[int, int]]:
-    """Join runs of speech into windows, and give each a margin; all in samples.
+    def in_file(self, start: float, end: float) -> tuple[float, float]:
+        """Times within `samples` as the file's, in seconds. What is said at one side of a shortened pause
+        and has a stamp at the other stays at its side.
+        """
+        begin = finish = self.start / RATE
+        for sample, left_out in self.cuts:
+            cut = sample / RATE
+            before, after = cut - PAD_SECONDS - start, end - cut - PAD_SECONDS  # of speech
+            later = before <= 0 or (
+                end > cut and before < min(after, CUT_SLACK)
+            )  # words begin early, if at all
+            begin += left_out / RATE if later else 0.0
+            finish += left_out / RATE if later or after > CUT_SLACK else 0.0
+        return begin + start, finish + end
 
-    A window holds as many runs as fit `limit` with pauses up to `gap`; margins of `pad` stop halfway
-    to the neighbour, so that no sound is in two windows.
+    def unheard(self, segments: list[Segment]) -> Iterator[Window]:
+        """The parts between shortened pauses in which no word lies, each a window of its own."""
+        words = [word for segment in segments for word in segment.words]
+        at, start = 0, self.start
+        for cut, left_out in [*self.cuts, (len(self.samples), 0)] if self.cuts else []:
+            runs = [(s - at / RATE, e - at / RATE) for s, e in self.speech if at <= s * RATE < cut]
+            part = Window(start, self.samples[at:cut], runs)
+            spoken = [(start / RATE + s, start / RATE + e) for s, e in runs]
+            heard = any(word.start < e and word.end > s for word in words for s, e in spoken)
+            if part.spoken > UNHEARD_SECONDS and not heard:
+                yield part
+            at, start = cut, start + cut - at + left_out
 
-    >>> plan_windows([(10, 20), (22, 30), (90, 95)], length=100, limit=30, gap=5, pad=4)
-    [(6, 34), (86, 99)]
-    >>> plan_windows([(0, 20), (22, 40)], length=40, limit=30, gap=5, pad=4)
-    [(0, 21), (21, 40)]
+
+def join_runs(speech: list[tuple[int, int]], rate: int = RATE) -> list[list[tuple[int, int]]]:
+    """Runs of speech, in samples, joined to those of each window.
+
+    A window holds as many runs as fit with short pauses. While it has not enough speech it goes on over
+    longer pauses; so it does for a stray last word.
+
+    >>> join_runs([(10, 80), (90, 95), (150, 155)], rate=10), join_runs([(0, 10), (90, 120)], rate=10)
+    ([[(10, 80), (90, 95), (150, 155)]], [[(0, 10), (90, 120)]])
+    >>> join_runs([(0, 50), (80, 90), (110, 120)], rate=10)
+    [[(0, 50)], [(80, 90), (110, 120)]]
     """
-    joined: list[tuple[int, int]] = []
-    for start, end in speech:
-        if joined and start - joined[-1][1] <= gap and end - joined[-1][0] + 2 * pad <= limit:
-            joined[-1] = (joined[-1][0], end)
+    windows: list[list[tuple[int, int]]] = []
+    pad, size, spoken = int(PAD_SECONDS * rate), 0, 0
+    for n, (start, end) in enumerate(speech):
+        stray = end - start < STRAY_SECONDS * rate and (
+            n + 1 == len(speech) or speech[n + 1][0] - end > FAR_GAP_SECONDS * rate
+        )
+        thin = spoken < ENOUGH_SPEECH_SECONDS * rate or stray
+        gap, limit = (FAR_GAP_SECONDS, THIN_WINDOW_SECONDS) if thin else (MAX_GAP_SECONDS, WINDOW_SECONDS)
+        pause = start - speech[n - 1][1]
+        more = end - start + min(pause, 2 * pad)
+        if windows and pause <= gap * rate and size + more + 2 * pad <= limit * rate:
+            windows[-1].append((start, end))
+            size, spoken = size + more, spoken + end - start
         else:
-            joined.append((start, end))
-    windows = []
-    for n, (start, end) in enumerate(joined):
-        before = (joined[n - 1][1] + start) // 2 if n else 0
-        after = (end + joined[n + 1][0]) // 2 if n + 1 < len(joined) else length
-        windows.append((max(start - pad, before), min(end + pad, after)))
+            windows.append([(start, end)])
+            size = spoken = end - start
     return windows
+
+
+def plan_windows(speech: list[tuple[int, int]], length: int, rate: int = RATE) -> list[list[tuple[int, int]]]:
+    """The stretches of sound that make up each window, in samples, from runs of speech.
+
+    Of a long pause within a window its two ends stay. Margins stop halfway to the neighbour, so that
+    no sound is in two windows.
+
+    >>> plan_windows([(20, 90), (115, 180), (190, 195)], length=300, rate=10)
+    [[(10, 100)], [(105, 205)]]
+    >>> plan_windows([(20, 30), (60, 90)], length=95, rate=10)
+    [[(10, 40), (50, 95)]]
+    """
+    pad, joined, windows = int(PAD_SECONDS * rate), join_runs(speech, rate), []
+    for n, runs in enumerate(joined):
+        before = (joined[n - 1][-1][1] + runs[0][0]) // 2 if n else 0
+        after = (runs[-1][1] + joined[n + 1][0][0]) // 2 if n + 1 < len(joined) else length
+        edges = [max(runs[0][0] - pad, before)]
+        for (_, end), (start, _) in itertools.pairwise(runs):
+            if start - end > 2 * pad:
+                edges += [end + pad, start - pad]
+        edges.append(min(runs[-1][1] + pad, after))
+        windows.append(list(zip(edges[::2], edges[1::2], strict=True)))
+    return windows
+
+
+def window_of(
+    sound: Samples, stretches: list[tuple[int, int]], speech: list[tuple[int, int]], origin: int
+) -> Window:
+    """A window of stretches of `sound`, which begins at the sample `origin` of the file."""
+    import numpy as np
+
+    runs, cuts, at, last = [], [], 0, stretches[0][0]
+    for start, end in stretches:
+        if at:
+            cuts.append((at, start - last))
+        inside = [(max(s, start), min(e, end)) for s, e in speech if s < end and e > start]
+        runs += [((s - start + at) / RATE, (e - start + at) / RATE) for s, e in inside]
+        at, last = at + end - start, end
+    samples = np.concatenate([sound[start:end] for start, end in stretches])
+    return Window(origin + stretches[0][0], samples, runs, cuts)
 
 
 def find_speech(samples: Samples, vad: bool) -> list[tuple[int, int]]:
@@ -3447,22 +3547,17 @@ def cut_windows(blocks: Iterable[Samples], vad: bool) -> Iterator[list[Window]]:
     """
     import numpy as np
 
-    limit, gap, pad = (int(s * RATE) for s in (WINDOW_SECONDS, MAX_GAP_SECONDS, PAD_SECONDS))
     kept, origin = np.empty(0, np.float32), 0
     for piece, last in join_blocks(blocks, VAD_BLOCK_SECONDS * RATE):
         sound = np.concatenate((kept, piece)) if len(kept) else piece
         speech = find_speech(sound, vad) if len(sound) else []
-        planned = plan_windows(speech, len(sound), limit, gap, pad)
+        planned = plan_windows(speech, len(sound))
         held = len(sound)
         if not last:
-            unfinished = bool(planned) and len(sound) - speech[-1][1] <= gap
-            end = planned[-1][1] if planned else 0
-            held = planned.pop()[0] if unfinished else max(len(sound) - pad, end)
-        windows = []
-        for start, end in planned:
-            inside = [(max(s, start), min(e, end)) for s, e in speech if s < end and e > start]
-            runs = [((s - start) / RATE, (e - start) / RATE) for s, e in inside]
-            windows.append(Window(origin + start, sound[start:end].copy(), runs))
+            unfinished = bool(planned) and len(sound) - speech[-1][1] <= FAR_GAP_SECONDS * RATE
+            end = planned[-1][-1][1] if planned else 0
+            held = planned.pop()[0][0] if unfinished else max(len(sound) - int(PAD_SECONDS * RATE), end)
+        windows = [window_of(sound, stretches, speech, origin) for stretches in planned]
         kept, origin = sound[held:].copy(), origin + held
         del piece, sound  # while the windows are in work
         yield windows
@@ -3958,6 +4053,7 @@ class Engine:
         """faster-whisper's segments of one window, at their times in it."""
         fit = fitted(math.ceil(len(window.samples) * 100 / RATE))
         arguments = self.arguments_for(recording.options)
+        arguments["word_timestamps"] |= bool(window.cuts)  # `unheard` asks where they are
         for frames in dict.fromkeys((fit, FULL)):
             language = recording.language.result() if recording.language.done() else None
             self.current.attempt = attempt = Attempt(recording, window, frames)
@@ -4033,7 +4129,7 @@ def placed(found: list[Any], window: Window) -> list[Segment]:
     The model sees the margins, too, and likes to begin and end with them: a second early or late.
     A file begins at 0, as Azure has it.
     """
-    offset, length = window.start / RATE, len(window.samples) / RATE
+    length = len(window.samples) / RATE
     first, last, earliest = 0.0, length, 0.0
     if window.speech:
         first = window.speech[0][0] - SPEECH_SLACK if window.start else 0.0
@@ -4045,19 +4141,20 @@ def placed(found: list[Any], window: Window) -> list[Segment]:
             start = max(start, first)
         if last - start >= enough:
             end = min(end, last)
-        start = min(max(start, earliest), length)
-        return round(offset + start, 3), round(offset + min(max(end, start), length), 3)
+        start, end = window.in_file(min(start, length), min(end, length))
+        start = max(start, earliest)
+        return round(start, 3), round(max(end, start), 3)
 
     segments = []
     for one in found:
         words = []
         for word in one.words or ():
             words.append(Word(word.word, *within(word.start, word.end)))
-            earliest = words[-1].start - offset
+            earliest = words[-1].start
         start, end = (words[0].start, words[-1].end) if words else within(one.start, one.end)
-        earliest = max(earliest, start - offset)
+        earliest = max(earliest, start)
         statistics = (float(one.temperature), float(one.avg_logprob), float(one.compression_ratio))
-        seek = window.start * 100 // RATE + one.seek
+        seek = round(100 * window.in_file(one.seek / 100, one.seek / 100)[0])
         tokens = [int(token) for token in one.tokens]
         no_speech = float(one.no_speech_prob)
         segments.append(Segment(0, seek, start, end, one.text, tokens, *statistics, no_speech, words))
