@@ -77,7 +77,7 @@ import time
 import unicodedata
 import uuid
 import wave
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
@@ -3368,9 +3368,7 @@ class Window:
     start: int  # sample in the file
     samples: Samples
     speech: list[tuple[float, float]]  # seconds within `samples`
-    cuts: list[tuple[int, int]] = dataclasses.field(
-        default_factory=list
-    )  # in `samples`; samples left out there
+    cuts: Sequence[tuple[int, int]] = ()  # where in `samples` how many samples are left out
 
     @property
     def spoken(self) -> float:
@@ -3390,9 +3388,7 @@ class Window:
         for sample, left_out in self.cuts:
             cut = sample / RATE
             before, after = cut - PAD_SECONDS - start, end - cut - PAD_SECONDS  # of speech
-            later = before <= 0 or (
-                end > cut and before < min(after, CUT_SLACK)
-            )  # words begin early, if at all
+            later = before <= 0 or (end > cut and before < min(after, CUT_SLACK))  # words rather begin early
             begin += left_out / RATE if later else 0.0
             finish += left_out / RATE if later or after > CUT_SLACK else 0.0
         return begin + start, finish + end
@@ -4090,7 +4086,7 @@ def tail_begin(window: Window, last: Any) -> float:
     end = float(last.end)
     for (_, before), (start, stop) in itertools.pairwise([(0.0, last.start), *window.speech]):
         if end < min(start + LATE_STAMP, stop - LATE_STAMP) and last.start < before:
-            return min(end, before)
+            return float(min(end, before))
     return end
 
 
