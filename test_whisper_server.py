@@ -1294,16 +1294,6 @@ def test_tail_begins_in_the_pause_before_it() -> None:
     assert begin(1.0, 2.0) == 2.0  # else nothing would be left of its segment
 
 
-def test_english_only_model_refuses_other_languages() -> None:
-    tokenizer = types.SimpleNamespace(token_to_id=lambda token: 1)
-    model = types.SimpleNamespace(is_multilingual=False)
-    engine: Any = types.SimpleNamespace(whisper=types.SimpleNamespace(model=model, hf_tokenizer=tokenizer))
-    Engine.check_language(engine, "en")
-    with pytest.raises(Refusal, match="'de'") as refused:
-        Engine.check_language(engine, "de")
-    assert refused.value.status == 400
-
-
 def test_failed_load_ends_its_step_before_another_may_begin(
     server: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
