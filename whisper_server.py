@@ -3214,8 +3214,7 @@ WINDOW_SECONDS = 14.0  # longer windows decode slower and no better; Whisper tak
 UNBROKEN_SECONDS = 26.0  # of speech without a pause; with PAD_SECONDS and the second of `quiet_cuts` below 30
 MAX_GAP_SECONDS = 2.0  # a longer pause parts windows that have enough speech
 PAD_SECONDS = 1.0  # kept around speech: the first and last sounds of a word are quiet
-# Of a longer pause within a window two of these stay: over more silence stamps slip and words come twice, and
-# after 1 s of it a sentence that is said again is not heard.
+EDGE_SECONDS = 0.5  # two stay of a longer pause in a window: over silence stamps slip, words come twice
 ENOUGH_SPEECH_SECONDS = 5.0  # in a window; of one word the model mistakes even the language
 FAR_GAP_SECONDS = 10.0  # a window with less speech goes on over such a pause
 THIN_WINDOW_SECONDS = 28.0  # and may become so long, its margins included; Whisper takes 30
@@ -3387,7 +3386,7 @@ class Window:
         begin = finish = self.start / RATE
         for sample, left_out in self.cuts:
             cut = sample / RATE
-            before, after = cut - PAD_SECONDS - start, end - cut - PAD_SECONDS  # of speech
+            before, after = cut - EDGE_SECONDS - start, end - cut - EDGE_SECONDS  # of speech
             later = before <= 0 or (end > cut and before < min(after, CUT_SLACK))  # words rather begin early
             begin += left_out / RATE if later else 0.0
             finish += left_out / RATE if later or after > CUT_SLACK else 0.0
@@ -3419,7 +3418,7 @@ def join_runs(speech: list[tuple[int, int]], rate: int = RATE) -> list[list[tupl
     [[(0, 50)], [(80, 90), (110, 120)]]
     """
     windows: list[list[tuple[int, int]]] = []
-    pad, size, spoken = int(PAD_SECONDS * rate), 0, 0
+    pad, edge, size, spoken = int(PAD_SECONDS * rate), int(EDGE_SECONDS * rate), 0, 0
     for n, (start, end) in enumerate(speech):
         stray = end - start < STRAY_SECONDS * rate and (
             n + 1 == len(speech) or speech[n + 1][0] - end > FAR_GAP_SECONDS * rate
@@ -3427,7 +3426,7 @@ def join_runs(speech: list[tuple[int, int]], rate: int = RATE) -> list[list[tupl
         thin = spoken < ENOUGH_SPEECH_SECONDS * rate or stray
         gap, limit = (FAR_GAP_SECONDS, THIN_WINDOW_SECONDS) if thin else (MAX_GAP_SECONDS, WINDOW_SECONDS)
         pause = start - speech[n - 1][1]
-        more = end - start + min(pause, 2 * pad)
+        more = end - start + (pause if pause <= MAX_GAP_SECONDS * rate else 2 * edge)
         if windows and pause <= gap * rate and size + more + 2 * pad <= limit * rate:
             windows[-1].append((start, end))
             size, spoken = size + more, spoken + end - start
@@ -3446,7 +3445,7 @@ def plan_windows(speech: list[tuple[int, int]], length: int, rate: int = RATE) -
     >>> plan_windows([(20, 90), (115, 180), (190, 195)], length=300, rate=10)
     [[(10, 100)], [(105, 205)]]
     >>> plan_windows([(20, 30), (60, 90)], length=95, rate=10)
-    [[(10, 40), (50, 95)]]
+    [[(10, 35), (55, 95)]]
     """
     pad, joined, windows = int(PAD_SECONDS * rate), join_runs(speech, rate), []
     for n, runs in enumerate(joined):
@@ -3454,8 +3453,8 @@ def plan_windows(speech: list[tuple[int, int]], length: int, rate: int = RATE) -
         after = (runs[-1][1] + joined[n + 1][0][0]) // 2 if n + 1 < len(joined) else length
         edges = [max(runs[0][0] - pad, before)]
         for (_, end), (start, _) in itertools.pairwise(runs):
-            if start - end > 2 * pad:
-                edges += [end + pad, start - pad]
+            if start - end > MAX_GAP_SECONDS * rate:
+                edges += [end + int(EDGE_SECONDS * rate), start - int(EDGE_SECONDS * rate)]
         edges.append(min(runs[-1][1] + pad, after))
         windows.append(list(zip(edges[::2], edges[1::2], strict=True)))
     return windows
