@@ -1113,6 +1113,7 @@ class Heard:
     def __init__(self, engine: Engine, patch: pytest.MonkeyPatch) -> None:
         self.frames: list[int] = []
         self.batches: list[list[int]] = []
+        self.raised: list[tuple[float, int]] = []  # temperature and tokens of each decode above 0
         answers = engine.owner.answers
 
         def noted(calls: list[Any]) -> list[Any]:
@@ -1120,7 +1121,10 @@ class Heard:
                 self.frames += [call.arguments[0].shape[-1] for call in calls]
             elif calls[0].kind == "generate":
                 self.batches.append([call.recording.id for call in calls])
-            return answers(calls)
+            answered = answers(calls)
+            if temperature := calls[0].options.get("sampling_temperature"):
+                self.raised += [(temperature, len(one[0].sequences_ids[0])) for one in answered]
+            return answered
 
         patch.setattr(engine.owner, "answers", noted)
 
@@ -1292,6 +1296,33 @@ def test_tail_begins_in_the_pause_before_it() -> None:
     assert begin(0, 1.2) == begin(0, 2.0) == 0.9 and begin(0, 0.8) == 0.8
     assert begin(0, 2.5) == 2.5  # in the midst of speech: there
     assert begin(1.0, 2.0) == 2.0  # else nothing would be left of its segment
+
+
+@pytest.mark.parametrize(
+    ("name", "language"),
+    [("fr/pangrama", "ja"), ("fr/pangrama", "ko"), ("it/pangrama", "en"), ("ja/pangrama", "ru")],
+)
+def test_wrong_language_is_decoded_once(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, name: str, language: str
+) -> None:
+    """Many clients send the language of their menus: a clip of 3 s was decoded seven times, for 20 s."""
+    heard = Heard(engine, monkeypatch)
+    transcribed(engine, Clip(name).samples, language=language)
+    assert len(heard.batches) == 1 and heard.frames[0] < 3000 and not heard.raised
+
+
+def test_raised_temperature_has_few_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a prompt an unclear second took more than a minute: none of 25 samples found an end."""
+    unsure = engine.arguments_for(Options(prompt="so it is " * 70)) | {"log_prob_threshold": 0.0}
+    monkeypatch.setattr(engine, "arguments_for", lambda options: unsure)
+    heard = Heard(engine, monkeypatch)
+    middle = ENGLISH.samples[RATE : RATE + 17_600]
+    noise = np.random.default_rng(1).normal(0, 0.05, len(middle)).astype(np.float32)
+    work = Recording(1, Options(), io.BytesIO())
+    work.language.set_result("en")
+    engine.transcribe(work, Window(0, middle + noise, [(0.0, 1.1)]))
+    assert [temperature for temperature, _ in heard.raised[:5]] == [0.2, 0.4, 0.6, 0.8, 1.0]
+    assert max(tokens for _, tokens in heard.raised) <= 32  # 10 a second and 20; the last may end it
 
 
 def test_failed_load_ends_its_step_before_another_may_begin(

@@ -3810,8 +3810,21 @@ class OwnedModel:
         """An encoding -> [[(token, probability)]], the likeliest first."""
         return self.ask("detect_language", None, encoding)
 
+    def hears_another(self, encoding: Any, language: str) -> bool:
+        """Whether an encoding is in another language: neither size nor temperature mends its decoding."""
+        if not self.real.is_multilingual:
+            return False
+        recording = self.current.attempt.recording
+        token, probability = self.owner.ask(recording, "detect_language", None, encoding)[0][0]
+        return bool(token != f"<|{language}|>" and probability >= SURE_LANGUAGE)
+
     def generate(self, encoding: Any, prompts: list[list[int]], **options: Any) -> Any:
         """One window's encoding and prompt -> [result]; it may be decoded together with others."""
+        attempt: Attempt = self.current.attempt
+        if attempt.called == "generate":  # again, at a raised temperature, which often finds no end
+            most = int(MAX_TOKENS_A_SECOND * len(attempt.window.samples) / RATE) + FEW_TOKENS
+            longest = len(prompts[0]) + new_tokens(most, len(prompts[0]))
+            options["max_length"] = min(options["max_length"], longest)
         same = tuple((name, str(options[name])) for name in sorted(options))
         key = (tuple(encoding.shape), len(prompts[0]), same)
         return self.ask("generate", key, encoding, prompts, **options)
@@ -3835,8 +3848,9 @@ FULL = 3000  # frames of 10 ms: what Whisper was trained on
 FITTED = (600, 800, 1000, 1200, 1500, 2000, FULL)  # few sizes, so that windows share a batch
 FIT_MARGIN = 300  # frames of nothing after the sound, without which one window in five goes wrong
 STAMP_SLACK = 2.0  # seconds a stamp may lie past the sound before the window counts as misfit
-MAX_TOKENS_A_SECOND = 10  # English takes 4; a short window that speaks faster has begun to loop
+MAX_TOKENS_A_SECOND = 10  # English takes 4; a short window or a raised temperature that has more loops
 FEW_TOKENS = 20  # more than that: a window of a second may hold some words, their stamps and a name
+SURE_LANGUAGE = 0.9  # probability from which on it is that one, whatever the client says
 LEAST_KEPT = 0.3  # seconds that moving a stamp to the speech must leave of a segment or a word
 SPEECH_SLACK = 0.3  # seconds around speech that may belong to it: the VAD misses quiet consonants
 REST_SPEECH_SECONDS = 0.2  # speech after the last stamp that is worth another decode
@@ -3948,15 +3962,26 @@ def fitted_whisper(whisper_model: type[Any]) -> type[Any]:
             """Tries one temperature alone on a short window, and raises Misfit if the result is doubtful."""
             attempt: Attempt = self.current.attempt
             if attempt.frames == FULL:
-                return super().generate_with_fallback(encoding, prompt, tokenizer, options)
+                rising = dataclasses.replace(
+                    options, temperatures=self.temperatures(encoding, tokenizer, options)
+                )
+                return super().generate_with_fallback(encoding, prompt, tokenizer, rising)
             seconds = len(attempt.window.samples) / RATE
             most = attempt.frames * MAX_TOKENS_A_SECOND // 100  # by size: all of a batch have one limit
             once = dataclasses.replace(options, temperatures=options.temperatures[:1])
             once.max_new_tokens = min(new_tokens(most, len(prompt)), self.max_length - len(prompt))
             decoded = super().generate_with_fallback(encoding, prompt, tokenizer, once)
-            if len(decoded[0].sequences_ids[0]) >= most or is_misfit(decoded, seconds, tokenizer, options):
+            full = len(decoded[0].sequences_ids[0]) >= most
+            misfit = full or is_misfit(decoded, seconds, tokenizer, options)
+            if misfit and not self.model.hears_another(encoding, tokenizer.language_code):
                 raise Misfit
             return decoded
+
+        def temperatures(self, encoding: Any, tokenizer: Any, options: Any) -> Iterator[float]:
+            """The first; and where decoding failed at that, the others, if the language is not to blame."""
+            yield options.temperatures[0]
+            if not self.model.hears_another(encoding, tokenizer.language_code):
+                yield from options.temperatures[1:]
 
     return FittedWhisper
 
@@ -4038,7 +4063,7 @@ class Engine:
             end = tail_begin(window, found[-1])
             tail = tail_of(window, end)
             more = self.decode(recording, tail) if tail.spoken > TAIL_SPEECH_SECONDS else []
-            if not more or is_doubtful(more[0]) or only_repeats(more, found):
+            if not more or is_doubtful(more[0], recording.options.temperature) or only_repeats(more, found):
                 break
             found[-1] = dataclasses.replace(found[-1], end=min(end, found[-1].end))
             found += [later(one, end) for one in more]
@@ -4095,9 +4120,9 @@ def tail_of(window: Window, end: float) -> Window:
     return Window(0, window.samples[int(end * RATE) :], speech)
 
 
-def is_doubtful(segment: Any) -> bool:
+def is_doubtful(segment: Any, temperature: float) -> bool:
     """Whether a tail may be no speech: what is no better than many a window was often made up."""
-    return bool(segment.temperature > 0 or segment.avg_logprob < TAIL_LOGPROB)
+    return bool(segment.temperature > temperature or segment.avg_logprob < TAIL_LOGPROB)
 
 
 def only_repeats(more: list[Any], found: list[Any]) -> bool:
