@@ -3394,7 +3394,7 @@ class Window:
 
     def unheard(self, segments: list[Segment]) -> Iterator[Window]:
         """The parts between shortened pauses in which no word lies, each a window of its own."""
-        words = [word for segment in segments for word in segment.words]
+        words = [word for segment in segments for word in segment.words or (segment,)]
         at, start = 0, self.start
         for cut, left_out in [*self.cuts, (len(self.samples), 0)] if self.cuts else []:
             runs = [(s - at / RATE, e - at / RATE) for s, e in self.speech if at <= s * RATE < cut]
