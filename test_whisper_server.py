@@ -1399,9 +1399,9 @@ def test_times_lie_where_speech_is() -> None:
 
     samples, speech = np.zeros(8 * 16000, np.float32), [(1.0, 3.0), (4.0, 7.0)]
     later = Window(16000 * 100, samples, speech)
-    assert times(later, (0.0, 3.4), (3.4, 8.0)) == [(100.7, 103.4), (103.4, 107.3)]
+    assert times(later, (0.0, 3.4), (3.4, 8.0)) == [(100.9, 103.4), (103.9, 107.3)]
     assert times(later, (0.0, 3.4), (3.4, 8.0), words=True) == [(100.7, 103.4), (103.4, 107.3)]
-    assert times(Window(0, samples, speech), (0.0, 3.0), (3.0, 9.0)) == [(0.0, 3.0), (3.0, 7.3)]
+    assert times(Window(0, samples, speech), (0.0, 3.0), (3.0, 9.0)) == [(0.0, 3.0), (3.9, 7.3)]
     assert times(later, (0.0, 0.5), (7.4, 9.0)) == [(100.0, 100.5), (107.4, 108.0)]  # the VAD has missed it
     assert times(later, (0.0, 0.72), (7.28, 8.0)) == [(100.0, 100.72), (107.28, 108.0)]  # nor half of it
     assert times(later, (3.0, 4.0), (2.0, 5.0)) == [(103.0, 104.0), (103.0, 105.0)]  # in order
@@ -1470,6 +1470,21 @@ def test_sentence_that_is_said_again_after_a_pause_is_heard_again(server: Served
     first, *_, last = body["segments"]
     assert first["end"] <= clip.seconds + 0.4 and last["start"] >= clip.seconds + 2.5
     assert "words" not in last
+
+
+def test_segment_begins_with_its_speech(engine: Engine) -> None:
+    """Its stamp lies in the pause before it: subtitles came up a quarter of a second early."""
+    clips = [ENGLISH, COUNTING, ENGLISH, HELLO, COUNTING, ENGLISH]
+    edges = [np.nonzero(np.abs(clip.samples) > 0.03 * np.abs(clip.samples).max())[0] for clip in clips]
+    words = [clip.samples[edge[0] : edge[-1] + 1] for clip, edge in zip(clips, edges, strict=True)]
+    pauses, pieces, begun = (0.7, 1.2, 2.5, 0.9, 1.5, 0.8), [], []
+    for word, pause in zip(words, pauses, strict=True):
+        pieces.append(rest(pause))
+        begun.append(sum(map(len, pieces)) / RATE)
+        pieces.append(word)
+    segments = transcribed(engine, np.concatenate([*pieces, rest(1)]), language="en")
+    early = [begin - min((one.start for one in segments), key=lambda at: abs(at - begin)) for begin in begun]
+    assert sorted(map(abs, early[1:]))[2] <= 0.15  # a file begins at 0
 
 
 def test_sound_without_vad_is_cut_where_it_is_quiet() -> None:
@@ -3058,7 +3073,10 @@ def test_row_14_segments_keep_their_leading_space(server: Served) -> None:
 
 
 def test_row_15_words_are_bare(server: Served) -> None:
-    fields: dict[str, Any] = {"prompt": "hello, everybody. no capitals here.", "granularities": ["word", "segment"]}
+    fields: dict[str, Any] = {
+        "prompt": "hello, everybody. no capitals here.",
+        "granularities": ["word", "segment"],
+    }
     said = server.post(sound=HELLO, response_format="verbose_json", **fields).json()
     words, segments = said["words"], said["segments"]
     assert re.search(r"\W", said["text"].replace(" ", "")), "a clip with punctuation is needed"
