@@ -1487,6 +1487,62 @@ def test_segment_begins_with_its_speech(engine: Engine) -> None:
     assert sorted(map(abs, early[1:]))[2] <= 0.15  # a file begins at 0
 
 
+def colored(samples: int, slope: float) -> Any:
+    """Noise of RMS 1 whose power falls by `slope` x 3 dB an octave: white, pink, brown."""
+    spectrum = np.fft.rfft(np.random.default_rng(4).normal(size=samples))
+    spectrum /= np.maximum(np.arange(len(spectrum)), 20 * samples // RATE) ** (slope / 2)
+    noise = np.fft.irfft(spectrum, samples)
+    return noise / np.sqrt((noise**2).mean())
+
+
+@pytest.mark.parametrize("beside", ["nothing", "rumble", "a constant"])
+def test_quiet_speech_is_found_as_loud_speech_is(beside: str) -> None:
+    """At -60 dB of full scale the VAD heard nothing, nor behind what is below all voices."""
+    speech = samples_of(0.5, ENGLISH, 1.0, COUNTING, 0.5)
+    level = np.sqrt((ENGLISH.samples**2).mean())
+    expected = whisper_server.find_speech((speech * 0.1 / level).astype(np.float32), True)
+    quiet = speech * 0.001 / level
+    if beside == "rumble":
+        quiet += 0.003 * np.sqrt(2) * np.sin(2 * np.pi * 22 * np.arange(len(quiet)) / RATE)
+    elif beside == "a constant":
+        quiet += 0.003
+    found = whisper_server.find_speech(quiet.astype(np.float32), True)
+    assert len(found) == len(expected) >= 2
+    assert np.abs(np.array(found) - expected).max() < 0.2 * RATE
+
+
+def test_a_far_speaker_is_found_after_a_near_one() -> None:
+    near = samples_of(ENGLISH, COUNTING, HELLO, ENGLISH)
+    sound = np.concatenate([near, rest(3), near / 1000])
+    runs = whisper_server.find_speech(sound, True)
+    spoken = [sum(e - s for s, e in runs if (s < len(near)) is first) for first in (True, False)]
+    assert spoken[1] > 0.8 * spoken[0]
+
+
+@pytest.mark.parametrize("level", [0.1, 0.01, 0.001])
+@pytest.mark.parametrize("kind", ["white", "pink", "brown", "hum of 50", "hum of 60", "clicks", "steps"])
+def test_noise_is_no_speech_however_far_it_is_raised(engine: Engine, kind: str, level: float) -> None:
+    seconds = np.arange(25 * RATE) / RATE
+    if kind in ("white", "pink", "brown"):
+        noise = colored(len(seconds), ("white", "pink", "brown").index(kind))
+    elif kind == "steps":
+        noise = colored(len(seconds), 1) * 10 ** np.repeat(np.tile([0.0, -1.0, -0.5], 9)[:25], RATE)
+    elif kind == "clicks":
+        noise = np.where(np.random.default_rng(2).random(len(seconds)) < 0.0002, 8.0, 0.0)
+    else:
+        noise = sum(np.sin(2 * np.pi * int(kind[-2:]) * n * seconds + n) / n for n in (1, 2, 3, 5, 7))
+    sound = np.round(np.clip(noise * level, -1, 1) * 32767) / 32768  # as a file of 16 bits has it
+    sound = sound.astype(np.float32)
+    assert sum(end - start for start, end in whisper_server.find_speech(sound, True)) < 0.2 * RATE
+    assert transcribed(engine, sound, language="en") == []
+
+
+def test_the_least_noise_of_16_bits_is_no_speech() -> None:
+    chance = np.random.default_rng(1)
+    for noise in (chance.integers(-1, 2, 20 * RATE), chance.integers(0, 2, 20 * RATE), np.zeros(20 * RATE)):
+        assert whisper_server.find_speech((noise / 32768).astype(np.float32), True) == []
+
+
 def test_sound_without_vad_is_cut_where_it_is_quiet() -> None:
     generator, pause = np.random.default_rng(1), 16_000 * 11
     samples = generator.normal(0, 0.1, 16_000 * 40).astype(np.float32)

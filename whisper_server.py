@@ -3221,6 +3221,9 @@ THIN_WINDOW_SECONDS = 28.0  # and may become so long, its margins included; Whis
 STRAY_SECONDS = 1.0  # a last run shorter than this is no window of its own
 UNHEARD_SECONDS = 0.5  # of speech without a word between two such pauses are decoded again: not a breath
 CUT_SLACK = 0.2  # seconds that a stamp may lie in the speech at the wrong side of a shortened pause
+RUMBLE_HERTZ = 40  # below is no speech, but what hides it from the VAD
+LOUD = 0.04  # of full scale, RMS: speech is so loud as a rule; of what is quieter the VAD is less sure
+MOST_GAIN = 100.0  # the noise of 16 bits alone, so much louder, is still no speech
 VAD_FRAME = 512  # samples that the VAD judges at a time
 VAD_BLOCK_SECONDS = 120  # looked at together; memory is flat however long the file is
 
@@ -3494,10 +3497,28 @@ def find_speech(samples: Samples, vad: bool) -> list[tuple[int, int]]:
         max_speech_duration_s=longest,
         threshold=0.4,  # a little below Silero's 0.5: rather some noise than no word
     )
-    found = [(run["start"], run["end"]) for run in get_speech_timestamps(samples, options)]
+    found = [(run["start"], run["end"]) for run in get_speech_timestamps(as_loud_speech(samples), options)]
     runs = without_blind_cuts(found, int(longest * RATE))
     cuts = [quiet_cuts(samples[start:end], int(UNBROKEN_SECONDS * RATE)) for start, end in runs]
     return [(run[0] + at, run[0] + to) for run, parts in zip(runs, cuts, strict=True) for at, to in parts]
+
+
+def as_loud_speech(samples: Samples) -> Samples:
+    """A copy for the VAD, which judges by the absolute level: without rumble, and each 10 s of it raised to
+    where speech is, if they are quieter.
+    """
+    import numpy as np
+
+    seconds, frame = math.ceil(len(samples) / RATE), RATE // 40
+    spectrum = np.fft.rfft(samples - samples.mean(), seconds * RATE)
+    spectrum[: RUMBLE_HERTZ * seconds] = 0
+    sound = np.fft.irfft(spectrum)[: len(samples)].astype(np.float32)
+    levels = np.sqrt((sound[: len(sound) // frame * frame].reshape(-1, frame) ** 2).mean(axis=1))
+    blocks = np.array_split(levels, max(1, seconds // 10))
+    loud = [np.percentile(block, 95) if len(block) else 0.0 for block in blocks]  # where somebody speaks
+    gain = np.clip(LOUD / np.maximum(loud, 1e-9), 1.0, MOST_GAIN)
+    middles = (np.arange(len(blocks)) + 0.5) * len(sound) / len(blocks)
+    return sound * np.interp(np.arange(len(sound)), middles, gain).astype(np.float32)
 
 
 def without_blind_cuts(runs: list[tuple[int, int]], longest: int) -> list[tuple[int, int]]:
