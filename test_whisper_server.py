@@ -1181,7 +1181,7 @@ def test_windows_wait_for_enough_speech_only_until_the_language_is_known() -> No
         return [[one.start for one in some] for some in whisper_server.until_language(work, windows(*spoken))]
 
     work = Recording(1, Options(), io.BytesIO())
-    assert groups(work, 0.5, 1, 4, 0.5) == [[0, 1, 2], [3]]
+    assert groups(work, 0.5, 1, 29, 0.5) == [[0, 1, 2], [3]]
     assert groups(work, 0.5, 1) == [[0, 1]] and groups(work) == []
     work.language.set_result("de")
     assert groups(work, 0.5, 1, 4) == [[0], [1], [2]]
@@ -1203,7 +1203,32 @@ def test_window_that_cannot_tell_the_language_ends_the_file() -> None:
     delivery: Any = types.SimpleNamespace(engine=engine)
     with pytest.raises(Refusal, match="no memory"):
         child.begin(Recording(1, Options(), io.BytesIO()), delivery, windows)
-    assert asked == [1]
+    assert 1 in asked
+
+
+def test_language_is_that_of_most_of_the_speech(server: Served) -> None:
+    """A greeting of 5 s made all that follows another language."""
+    greeting, rest_of_it = Clip("es/pangrama"), [ENGLISH, COUNTING, ENGLISH, HELLO, ENGLISH, COUNTING]
+    wav = sound(greeting, 0.6, *[piece for clip in rest_of_it for piece in (clip, 0.6)])
+    body = server.post(sound=wav, response_format="verbose_json").json()
+    assert body["language"] == "english"
+    assert bare(body["text"]).count("quick brown fox") == 3
+    short = server.post(sound=sound(greeting, 1.0, HELLO), response_format="verbose_json").json()
+    assert short["language"] == "spanish"
+
+
+def test_windows_vote_for_the_language_by_their_speech() -> None:
+    work = Recording(1, Options(), io.BytesIO(), voters=3)
+    votes = [([("<|de|>", 0.9), ("<|en|>", 0.1)], 6.0), ([("<|en|>", 0.7), ("<|de|>", 0.3)], 4.0),
+             ([("<|en|>", 0.8), ("<|de|>", 0.2)], 4.0)]  # fmt: skip
+    with ThreadPoolExecutor() as pool:
+        told = [*pool.map(lambda vote: work.vote(*vote), votes)]
+    assert work.language.result() == "de" and told[0] == told[1] == told[2]
+    assert told[0] == [("<|de|>", pytest.approx(7.4 / 14)), ("<|en|>", pytest.approx(6.6 / 14))]
+    left = Recording(2, Options(), io.BytesIO(), voters=2)
+    left.cancelled.set()
+    with pytest.raises(whisper_server.Cancelled):  # not for ever
+        left.vote([("<|de|>", 1.0)], 5.0)
 
 
 def test_only_what_detects_the_language_is_encoded_twice_alike(engine: Engine) -> None:

@@ -78,7 +78,7 @@ import unicodedata
 import uuid
 import wave
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn
@@ -2797,7 +2797,8 @@ class Worker:
 # ------------------------------------------------------------------------------------------------
 
 HEAD_START_SECONDS = 30  # decoded without waiting for a turn, so that a clip never waits for a long file
-LANGUAGE_SECONDS = 5.0  # of speech, if the file has it, to tell its language by: one word is too little
+LANGUAGE_SECONDS = 30.0  # of speech, if the file has it, to tell its language by: more than a greeting
+MOST_VOTERS = 6  # windows that tell it, each of which waits for the others in a thread
 
 
 class Cancelled(Exception):
@@ -2831,8 +2832,27 @@ class Recording:
     options: Options
     file: IO[bytes]
     cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)
-    language: Future[str] = dataclasses.field(default_factory=Future)  # given, or found in the first window
+    language: Future[str] = dataclasses.field(default_factory=Future)  # given, or found in the first windows
     share: Share = dataclasses.field(default_factory=Share)  # of the model; the owner writes it
+    voters: int = 1  # windows that find the language; set before they begin
+    votes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    voting: threading.Lock = dataclasses.field(default_factory=threading.Lock)  # guards `voted` and `votes`
+    voted: int = 0
+
+    def vote(self, found: list[tuple[str, float]], seconds: float) -> list[tuple[str, float]]:
+        """What a window with so many seconds of speech tells of the language, [(token, probability)] -> what
+        all tell together, the likeliest first. Raises Cancelled.
+        """
+        with self.voting:
+            for token, probability in found:
+                self.votes[token] += probability * seconds  # type: ignore[assignment]  # typeshed: int
+            self.voted += 1
+            if self.voted == self.voters:
+                self.language.set_result(self.votes.most_common(1)[0][0].strip("<|>"))
+        while not wait([self.language], timeout=1.0).done:
+            if self.cancelled.is_set():  # one of the others has failed, say
+                raise Cancelled
+        return [(token, votes / self.votes.total()) for token, votes in self.votes.most_common()]
 
 
 def child_main(pipe: Any, settings: Settings, model: str, given_up: str, retest: bool) -> None:
@@ -3048,17 +3068,19 @@ class Child:
         self.send("done", recording.id, spoken, sound.seconds, took)
 
     def begin(self, recording: Recording, delivery: Delivery, windows: list[Window]) -> None:
-        """Put windows in work; while the language is unknown, first the one that has most speech."""
+        """Put windows in work; while the language is unknown, first those that have most speech."""
         transcribe = functools.partial(heard_whole, delivery.engine)
-        first = max(windows, key=lambda window: window.spoken)
-        telling = self.pool.submit(transcribe, recording, first)
+        telling: dict[int, Future[list[Segment]]] = {}  # by the window's start
         if not recording.language.done():
-            either: list[Future[Any]] = [recording.language, telling]
+            voters = sorted(windows, key=lambda window: -window.spoken)[:MOST_VOTERS]
+            recording.voters = len(voters)
+            telling = {one.start: self.pool.submit(transcribe, recording, one) for one in voters}
+            either: list[Future[Any]] = [recording.language, *telling.values()]
             wait(either, return_when=FIRST_COMPLETED)
             if not recording.language.done():
-                telling.result()  # raises what has happened to it
+                next(one for one in telling.values() if one.done()).result()  # raises what has happened to it
         for window in windows:
-            one = telling if window is first else self.pool.submit(transcribe, recording, window)
+            one = telling.get(window.start) or self.pool.submit(transcribe, recording, window)
             delivery.add(one, window)
 
 
@@ -3829,7 +3851,9 @@ class OwnedModel:
 
     def detect_language(self, encoding: Any) -> Any:
         """An encoding -> [[(token, probability)]], the likeliest first."""
-        return self.ask("detect_language", None, encoding)
+        (found,) = self.ask("detect_language", None, encoding)
+        attempt: Attempt = self.current.attempt
+        return [attempt.recording.vote(found, attempt.window.spoken)]
 
     def hears_another(self, encoding: Any, language: str) -> bool:
         """Whether an encoding is in another language: neither size nor temperature mends its decoding."""
@@ -4102,8 +4126,9 @@ class Engine:
             found: list[Any] = []
             try:
                 segments, info = self.whisper.transcribe(window.samples, language, **arguments)
-                if language is None:
-                    recording.language.set_result(info.language)
+                if not recording.language.done():  # an English-only model has no vote
+                    with contextlib.suppress(InvalidStateError):  # told by another window
+                        recording.language.set_result(info.language)
                 for segment in segments:
                     attempt.last_end = segment.end
                     found.append(segment)
