@@ -1208,8 +1208,8 @@ def test_window_that_cannot_tell_the_language_ends_the_file() -> None:
 
 def test_language_is_that_of_most_of_the_speech(server: Served) -> None:
     """A greeting of 5 s made all that follows another language."""
-    greeting, rest_of_it = Clip("es/pangrama"), [ENGLISH, COUNTING, ENGLISH, HELLO, ENGLISH, COUNTING]
-    wav = sound(greeting, 0.6, *[piece for clip in rest_of_it for piece in (clip, 0.6)])
+    greeting, rest_of_it = Clip("es/pangrama"), [ENGLISH, COUNTING, HELLO] * 3
+    wav = sound(greeting, 0.6, Clip("es/conteo"), 2.6, *[one for clip in rest_of_it for one in (clip, 0.6)])
     body = server.post(sound=wav, response_format="verbose_json").json()
     assert body["language"] == "english"
     assert bare(body["text"]).count("quick brown fox") == 3
@@ -1674,6 +1674,17 @@ def test_files_take_turns_by_what_they_have_had() -> None:
     assert all(len(batch) == SHARED_WINDOWS for batch in both)  # nobody waits for a whole batch
     had = [id for batch in both for id in batch]
     assert abs(had.count(1) - had.count(2)) <= 30  # level in the end
+
+
+def test_first_window_waits_for_none_of_the_others() -> None:
+    """The first words of a stream came when all windows had been encoded, after 3/4 of the whole time."""
+    owner = Owner(None, 4, lambda step, seconds: None, lanes=0)
+    work = Recording(1, Options(), io.BytesIO(), begins=500)
+    kinds = [("encode", 900), ("generate", 700), ("encode", 500), ("encode", 1200), ("generate", 500)]
+    calls = [Call(work, kind, start, (), {}, start) for kind, start in kinds]
+    owner.waiting[work] = collections.deque(calls)
+    order = [calls.index(owner.take()[0]) for _ in calls]
+    assert order == [2, 4, 0, 3, 1]
 
 
 def test_a_lane_stays_free_of_a_long_file_while_others_are_about() -> None:

@@ -2834,6 +2834,7 @@ class Recording:
     cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)
     language: Future[str] = dataclasses.field(default_factory=Future)  # given, or found in the first windows
     share: Share = dataclasses.field(default_factory=Share)  # of the model; the owner writes it
+    begins: int = -1  # where its first window does, in samples; set before that begins
     voters: int = 1  # windows that find the language; set before they begin
     votes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     voting: threading.Lock = dataclasses.field(default_factory=threading.Lock)  # guards `voted` and `votes`
@@ -3056,6 +3057,7 @@ class Child:
                     engine.check(recording.options)
                     engine.owner.enter(recording)
                     delivery = Delivery(recording, sound, engine, self.send)
+                    recording.begins = windows[0].start
                 self.begin(recording, delivery, windows)
             if delivery:
                 delivery.pass_on(0)
@@ -3634,6 +3636,7 @@ class Call:
     key: Any
     arguments: tuple[Any, ...]
     options: dict[str, Any]
+    start: int = 0  # of its window, in samples of the file
     answer: Future[Any] = dataclasses.field(default_factory=Future)
 
 
@@ -3642,7 +3645,7 @@ class Owner:
 
     The recording that has had least of the model comes first, so that a short clip waits for no
     more than the call in work. Among those that are level encodings come first, so that many windows meet
-    in one `generate`.
+    in one `generate`; but a recording's first window waits for none of its others.
 
     `wake` guards all fields from `fair` on, each recording's share and the writing of `batch_size`; `shared`,
     `candidates` and `take` want it held. Without it are read: a share's
@@ -3681,9 +3684,11 @@ class Owner:
         for call in dropped:
             call.answer.set_exception(Cancelled())
 
-    def ask(self, recording: Recording, kind: str, key: Any, *arguments: Any, **options: Any) -> Any:
+    def ask(
+        self, recording: Recording, kind: str, key: Any, *arguments: Any, start: int = 0, **options: Any
+    ) -> Any:
         """Call the model's method `kind` when the turn comes, and wait for what it returns."""
-        call = Call(recording, kind, key, arguments, options)
+        call = Call(recording, kind, key, arguments, options, start)
         with self.wake:
             if recording.cancelled.is_set():
                 raise Cancelled
@@ -3772,8 +3777,8 @@ class Owner:
         candidates = self.candidates()
         least = candidates[0].share.had
         level = [one for one in candidates if one.share.had <= least + LEVEL_SECONDS]
-        quick = (call for one in level for call in self.waiting[one] if call.kind != "generate")
-        first = next(quick, self.waiting[candidates[0]][0])
+        waiting = (call for one in level for call in self.waiting[one])
+        first = min(waiting, key=lambda call: (call.start != call.recording.begins, call.kind == "generate"))
         calls = [first]
         if first.kind == "generate":
             for one in candidates:
@@ -3847,7 +3852,9 @@ class OwnedModel:
 
     def encode(self, features: Any, to_cpu: bool = False) -> Any:
         """float32 (1, mels, frames) -> (1, frames / 2, width). `FittedWhisper.encode` has noted it."""
-        return self.owner.ask(self.current.attempt.recording, "encode", None, features, to_cpu=self.to_cpu)
+        attempt: Attempt = self.current.attempt
+        options = {"start": attempt.window.start, "to_cpu": self.to_cpu}
+        return self.owner.ask(attempt.recording, "encode", None, features, **options)
 
     def detect_language(self, encoding: Any) -> Any:
         """An encoding -> [[(token, probability)]], the likeliest first."""
@@ -3882,7 +3889,8 @@ class OwnedModel:
         """A call for the recording that this thread decodes."""
         attempt: Attempt = self.current.attempt
         attempt.note(kind)
-        return self.owner.ask(attempt.recording, kind, key, *arguments, **options)
+        start = attempt.window.start
+        return self.owner.ask(attempt.recording, kind, key, *arguments, start=start, **options)
 
 
 # ------------------------------------------------------------------------------------------------
