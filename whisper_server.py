@@ -2894,8 +2894,8 @@ class Child:
         self.engine: Future[Engine] | None = None
         # Who decodes beyond the first 30 s: more would wait for the interpreter, each with its memory.
         self.turns = threading.Semaphore(2)
-        # A window in work waits in a thread; `Delivery.add` bounds their number for each file. Those that tell
-        # a language wait for one another, so all of all files must have one.
+        # A window in work waits in a thread; `Delivery.add` bounds their number for each file. Those that
+        # tell a language wait for one another, so those of all files must have one.
         most = MOST_VOTERS * (settings.max_queue + 1)
         self.pool = ThreadPoolExecutor(max_workers=most, thread_name_prefix="window")
 
