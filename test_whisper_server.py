@@ -1433,19 +1433,18 @@ def test_times_lie_where_speech_is() -> None:
 
 
 def test_times_around_a_shortened_pause_are_those_of_the_file() -> None:
-    window = Window(
-        0, rest(10), [(1.0, 3.5), (4.5, 8.0)], [(4 * RATE, 6 * RATE)]
-    )  # 3.5 to 10.5 s in the file
+    speech = [(1.0, 3.25), (4.75, 8.0)]  # the latter begins at 10.75 s in the file
+    window = Window(0, rest(10), speech, [(4 * RATE, 6 * RATE)])
     assert window.end == 16 * RATE
     for inside, in_file in (
-        ((1.0, 3.5), (1.0, 3.5)),
-        ((1.0, 4.5), (1.0, 4.5)),  # to where the next begins: not across the pause
-        ((1.0, 4.6), (1.0, 4.6)),
-        ((3.4, 8.0), (9.4, 14.0)),  # from where the last ended
-        ((3.5, 4.6), (9.5, 10.6)),
+        ((1.0, 3.25), (1.0, 3.25)),
+        ((1.0, 4.75), (1.0, 4.75)),  # to where the next begins: not across the pause
+        ((1.0, 4.85), (1.0, 4.85)),
+        ((3.15, 8.0), (9.15, 14.0)),  # from where the last ended
+        ((3.25, 4.85), (9.25, 10.85)),
         ((3.6, 3.9), (9.6, 9.9)),  # within the pause: words begin early
-        ((3.4, 3.9), (3.4, 3.9)),  # a short word before it
-        ((4.5, 4.6), (10.5, 10.6)),  # and after it
+        ((3.15, 3.65), (3.15, 3.65)),  # a short word before it
+        ((4.75, 4.85), (10.75, 10.85)),  # and after it
         ((1.0, 8.0), (1.0, 14.0)),
     ):
         assert window.in_file(*inside) == pytest.approx(in_file), inside
@@ -6908,7 +6907,8 @@ def test_gpu_memory_ends_fewer_windows_then_one_beam_then_the_cpu(
         assert served.health()["models"]["base"].items() >= known.items()
         tried = [(int(a), int(b)) for a, b in re.findall(r"generates (\d+) with (\d+)", served.log())]
         fewer = re.findall(r"at most (\d+) windows", served.log())
-        assert fewer and fewer[-1] == "1" and max(tried)[0] > 1 and fewer == sorted(fewer)[::-1]
+        if limit != "WINDOWS = 0":  # else the first window, which comes alone, ends it
+            assert fewer and fewer[-1] == "1" and max(tried)[0] > 1 and fewer == sorted(fewer)[::-1]
         assert ("one beam for this window" in served.log()) == (limit != "WINDOWS = 1")
         if known["device"] == "cpu":
             assert tried[-2:] == [(1, 5), (1, 1)]

@@ -3240,7 +3240,7 @@ WINDOW_SECONDS = 14.0  # longer windows decode slower and no better; Whisper tak
 UNBROKEN_SECONDS = 26.0  # of speech without a pause; with PAD_SECONDS and the second of `quiet_cuts` below 30
 MAX_GAP_SECONDS = 2.0  # a longer pause parts windows that have enough speech
 PAD_SECONDS = 1.0  # kept around speech: the first and last sounds of a word are quiet
-EDGE_SECONDS = 0.5  # two stay of a longer pause in a window: over silence stamps slip, words come twice
+EDGE_SECONDS = 0.75  # two stay of a longer pause in a window: over silence stamps slip, words come twice
 ENOUGH_SPEECH_SECONDS = 5.0  # in a window; of one word the model mistakes even the language
 FAR_GAP_SECONDS = 10.0  # a window with less speech goes on over such a pause
 THIN_WINDOW_SECONDS = 28.0  # and may become so long, its margins included; Whisper takes 30
@@ -3474,7 +3474,7 @@ def plan_windows(speech: list[tuple[int, int]], length: int, rate: int = RATE) -
     >>> plan_windows([(20, 90), (115, 180), (190, 195)], length=300, rate=10)
     [[(10, 100)], [(105, 205)]]
     >>> plan_windows([(20, 30), (60, 90)], length=95, rate=10)
-    [[(10, 35), (55, 95)]]
+    [[(10, 37), (53, 95)]]
     """
     pad, joined, windows = int(PAD_SECONDS * rate), join_runs(speech, rate), []
     for n, runs in enumerate(joined):
