@@ -1040,6 +1040,7 @@ def test_windows_meet_across_blocks(runs: list[tuple[int, int]], step: int, afte
     blocks = cut(sound, step)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(whisper_server, "find_speech", loud_runs)
+        patch.setattr(whisper_server, "VAD_FIRST_SECONDS", 10)
         patch.setattr(whisper_server, "VAD_BLOCK_SECONDS", 20)
         windows = [*itertools.chain.from_iterable(cut_windows(blocks, True))]
     for window in windows:

@@ -3251,7 +3251,8 @@ RUMBLE_HERTZ = 40  # below is no speech, but what hides it from the VAD
 LOUD = 0.04  # of full scale, RMS: speech is so loud as a rule; of what is quieter the VAD is less sure
 MOST_GAIN = 100.0  # the noise of 16 bits alone, so much louder, is still no speech
 VAD_FRAME = 512  # samples that the VAD judges at a time
-VAD_BLOCK_SECONDS = 120  # looked at together; memory is flat however long the file is
+VAD_FIRST_SECONDS = 45  # looked at together at first, so that the first words soon come
+VAD_BLOCK_SECONDS = 120  # and then; memory is flat however long the file is
 
 
 class Nameless:
@@ -3590,7 +3591,7 @@ def cut_windows(blocks: Iterable[Samples], vad: bool) -> Iterator[list[Window]]:
     import numpy as np
 
     kept, origin = np.empty(0, np.float32), 0
-    for piece, last in join_blocks(blocks, VAD_BLOCK_SECONDS * RATE):
+    for piece, last in join_blocks(blocks, VAD_FIRST_SECONDS * RATE, VAD_BLOCK_SECONDS * RATE):
         sound = np.concatenate((kept, piece)) if len(kept) else piece
         speech = find_speech(sound, vad) if len(sound) else []
         planned = plan_windows(speech, len(sound))
@@ -3605,16 +3606,16 @@ def cut_windows(blocks: Iterable[Samples], vad: bool) -> Iterator[list[Window]]:
         yield windows
 
 
-def join_blocks(blocks: Iterable[Samples], size: int) -> Iterator[tuple[Samples, bool]]:
-    """Blocks joined to pieces of at least `size` samples, each with whether it is the last."""
+def join_blocks(blocks: Iterable[Samples], first: int, size: int) -> Iterator[tuple[Samples, bool]]:
+    """Blocks joined to pieces of at least `size` samples, or `first`, each with whether it is the last."""
     import numpy as np
 
     waiting: list[Samples] = []
-    total = 0
+    total, enough = 0, first
     for block in blocks:
-        if total >= size:
+        if total >= enough:
             yield np.concatenate(waiting), False
-            waiting, total = [], 0
+            waiting, total, enough = [], 0, size
         waiting.append(block)
         total += len(block)
     yield np.concatenate(waiting or [np.empty(0, np.float32)]), True
