@@ -568,10 +568,10 @@ def test_speech_without_a_pause_is_not_cut_at_once() -> None:
 
 
 def test_prompt_sets_the_style(server: Served) -> None:
-    plain = server.post(sound=HELLO).json()["text"]
-    quiet = server.post(sound=HELLO, prompt="hello, everybody. no capitals here.").json()["text"]
-    assert_heard(plain, HELLO)
-    assert_heard(quiet, HELLO)
+    plain = server.post().json()["text"]
+    quiet = server.post(prompt="hello, everybody. no capitals here.").json()["text"]
+    assert_heard(plain, ENGLISH)
+    assert_heard(quiet, ENGLISH)
     assert quiet.islower() and not plain.islower()
 
 
@@ -3165,18 +3165,15 @@ def test_row_14_segments_keep_their_leading_space(server: Served) -> None:
 
 
 def test_row_15_words_are_bare(server: Served) -> None:
-    fields: dict[str, Any] = {
-        "prompt": "hello, everybody. no capitals here.",
-        "granularities": ["word", "segment"],
-    }
-    said = server.post(sound=HELLO, response_format="verbose_json", **fields).json()
+    fields: dict[str, Any] = {"response_format": "verbose_json", "granularities": ["word", "segment"]}
+    said = server.post(sound=COUNTING, language="en", **fields).json()
     words, segments = said["words"], said["segments"]
     assert re.search(r"\W", said["text"].replace(" ", "")), "a clip with punctuation is needed"
-    assert [word["word"] for word in words] == ["hello", "world"]
+    assert len(words) >= 8 and [word["word"] for word in words] == re.findall(r"\w+", said["text"])
     times = [time for word in words for time in (word["start"], word["end"])]
     assert times == sorted(times) and 0 <= times[0] < times[-1] <= said["duration"]
     assert (segments[0]["start"], segments[-1]["end"]) == (times[0], times[-1])
-    heard = np.abs(samples_of(HELLO))
+    heard = np.abs(samples_of(COUNTING))
     loudest = [heard[int(one["start"] * RATE) : int(one["end"] * RATE)].max() for one in words]
     assert min(loudest) > 0.2 * heard.max()  # each word's time holds sound
 
