@@ -2824,8 +2824,8 @@ class Share:
 
 @dataclasses.dataclass(eq=False)
 class Recording:
-    """A job's file in the child. Its own thread alone reads `file`; the owner's `wake` guards `share`; the
-    rest is safe by itself.
+    """A job's file in the child. Its own thread alone reads `file`; the owner's `wake` guards `share`, and
+    `voting` guards `votes` and `voted`; the rest is safe by itself, or set before another thread sees it.
     """
 
     id: int  # the job's
@@ -2837,8 +2837,8 @@ class Recording:
     begins: int = -1  # where its first window does, in samples; set before that begins
     voters: int = 1  # windows that find the language; set before they begin
     votes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    voting: threading.Lock = dataclasses.field(default_factory=threading.Lock)  # guards `voted` and `votes`
     voted: int = 0
+    voting: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def vote(self, found: list[tuple[str, float]], seconds: float) -> list[tuple[str, float]]:
         """What a window with so many seconds of speech tells of the language, [(token, probability)] -> what
@@ -4083,10 +4083,8 @@ class Engine:
                     num_workers=lanes,
                 )
         except (OSError, RuntimeError) as error:  # CTranslate2's latter: a truncated or foreign model.bin
-            message = (
-                f"The model in {directory} cannot be loaded: {reason(error)}. If it was fetched, delete it "
-            )
-            message += "there and start again; if it is your own, convert it again."
+            message = f"The model in {directory} cannot be loaded: {reason(error)}. If it was fetched, "
+            message += "delete it there and start again; if it is your own, convert it again."
             raise Refusal(503, message, code="model_unusable") from None
         model = self.whisper.model
         if model.n_mels != 80 and not (directory / "preprocessor_config.json").exists():
@@ -4266,7 +4264,7 @@ def batch_size_for(directory: Path, device: Device) -> int:
 
 # ================================================================================================
 # Nothing below is on a request's way: it runs when a model is fetched or loaded, at start, at --check.
-# (Two look-ups apart: `trained_for` for what a model can do, `gpu_in_sight`.)
+# (Apart from `trained_for` and `check_training`, for what a model can do, and `gpu_in_sight`.)
 # ================================================================================================
 
 
@@ -4302,8 +4300,8 @@ kotoba-whisper-v2.0 kotoba-tech/kotoba-whisper-v2.0-faster       f44edd35eaeb227
 MODELS = {name: (repository, revision) for name, repository, revision, _ in KNOWN}
 TRAINED = {repository: trained for _, repository, _, trained in KNOWN}
 PINNED = dict(MODELS.values())
-MODEL_ALIASES = {"large": "large-v3", "turbo": "large-v3-turbo", "kotoba-whisper": "kotoba-whisper-v2.0"}
-MODEL_ALIASES["kotoba-tech/kotoba-whisper-v2.0"] = "kotoba-whisper-v2.0"
+MODEL_ALIASES = {"large": "large-v3", "turbo": "large-v3-turbo"}
+MODEL_ALIASES |= dict.fromkeys(["kotoba-whisper", "kotoba-tech/kotoba-whisper-v2.0"], "kotoba-whisper-v2.0")
 MODEL_FILES = ("config.json", "model.bin", "tokenizer.json", "vocabulary.*")  # what every model has
 WANTED_FILES = (*MODEL_FILES, "preprocessor_config.json")  # the last only where there are 128 mels
 # For `base` alone, the same bytes are on the Python package index, model.bin in two parts.
