@@ -2796,7 +2796,6 @@ class Worker:
 # child: one file, in the child process, from its bytes to its last segment
 # ------------------------------------------------------------------------------------------------
 
-HEAD_START_SECONDS = 30  # decoded without waiting for a turn, so that a clip never waits for a long file
 LANGUAGE_SECONDS = 30.0  # of speech, if the file has it, to tell its language by: more than a greeting
 MOST_VOTERS = 6  # windows that tell it, each of which waits for the others in a thread
 
@@ -2822,10 +2821,34 @@ class Share:
         self.calls, self.changed = self.calls + calls, now
 
 
+@dataclasses.dataclass
+class Sound:
+    """What is known of a file's sound as it passes. The file's own thread uses it."""
+
+    seconds: float = 0.0  # so far
+    declared: float = 0.0  # seconds of the whole, if the file tells; an estimate in some
+    complete: bool = False
+    decode_seconds: float = 0.0  # spent in FFmpeg and the VAD
+
+    def counted(self, file: IO[bytes], max_seconds: float) -> Iterator[Samples]:
+        """The sound of a file, in blocks."""
+        for block in decode(file, max_seconds, functools.partial(setattr, self, "declared")):
+            self.seconds += len(block) / RATE
+            yield block
+        self.complete = True
+
+    def known(self) -> tuple[float, bool]:
+        """Seconds of sound known of, and whether that is the whole file, as far as it tells the truth."""
+        if self.complete or not self.declared or self.seconds > self.declared + 1:  # a little more is usual
+            return self.seconds, self.complete
+        return max(self.declared, self.seconds), True
+
+
 @dataclasses.dataclass(eq=False)
 class Recording:
-    """A job's file in the child. Its own thread alone reads `file`; the owner's `wake` guards `share`, and
-    `voting` guards `votes` and `voted`; the rest is safe by itself, or set before another thread sees it.
+    """A job's file in the child. Its own thread alone uses `file` and `sound`; the owner's `wake` guards
+    `share` and `behind`, and `voting` guards `votes` and `voted`; the rest is safe by itself, or set before
+    another thread sees it.
     """
 
     id: int  # the job's
@@ -2834,7 +2857,9 @@ class Recording:
     cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)
     language: Future[str] = dataclasses.field(default_factory=Future)  # given, or found in the first windows
     share: Share = dataclasses.field(default_factory=Share)  # of the model; the owner writes it
+    sound: Sound = dataclasses.field(default_factory=Sound)
     begins: int = -1  # where its first window does, in samples; set before that begins
+    behind: set[str] = dataclasses.field(default_factory=set)  # calls that its first window has to make first
     voters: int = 1  # windows that find the language; set before they begin
     votes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     voted: int = 0
@@ -2892,7 +2917,7 @@ class Child:
         self.fetch_lock = threading.Lock()
         self.recordings: dict[int, Recording] = {}
         self.engine: Future[Engine] | None = None
-        # Who decodes beyond the first 30 s: more would wait for the interpreter, each with its memory.
+        # Who decodes beyond the first piece: more would wait for the interpreter, each with its memory.
         self.turns = threading.Semaphore(2)
         # A window in work waits in a thread; `Delivery.add` bounds their number for each file. Those that
         # tell a language wait for one another, so those of all files must have one.
@@ -3047,20 +3072,26 @@ class Child:
         known = recording.options.language or trained_for(self.model)
         if known in LANGUAGES:
             recording.language.set_result(known)
+        sound, held = recording.sound, list[Window]()
         delivery: Delivery | None = None
-        sound = Sound(recording, self.settings.max_audio_seconds, self.turns, self.busy)
         try:
-            for windows in until_language(recording, sound.timed(cut_windows(sound, self.settings.vad))):
-                if recording.cancelled.is_set():
-                    raise Cancelled
-                if delivery is None:
+            for windows in self.pieces(recording):
+                held += windows
+                tells = recording.language.done() or sum(one.spoken for one in held) >= LANGUAGE_SECONDS
+                if not held or not (tells or sound.complete):
+                    continue
+                if delivery:
+                    self.begin(recording, delivery, held)
+                else:
                     self.send("progress", recording.id, 0.0, *sound.known(), [])
                     engine = self.loaded(recording)
                     engine.check(recording.options)
                     engine.owner.enter(recording)
-                    delivery = Delivery(recording, sound, engine, self.send)
-                    recording.begins = windows[0].start
-                self.begin(recording, delivery, windows)
+                    delivery = Delivery(recording, engine, self.send)
+                    recording.begins, recording.behind = held[0].start, {"encode", "generate"}
+                    self.begin(recording, delivery, held)
+                    delivery.pass_on(len(held) - 1)  # the VAD of the next piece would slow the first words
+                held = []
             if delivery:
                 delivery.pass_on(0)
         finally:
@@ -3071,12 +3102,35 @@ class Child:
         took = {"decode": sound.decode_seconds, "inference": recording.share.inference}
         self.send("done", recording.id, spoken, sound.seconds, took)
 
+    def pieces(self, recording: Recording) -> Iterator[list[Window]]:
+        """The windows of each piece of a file, the making of which is a step that the parent times: nothing
+        but the end of this process can break it off. The first waits for no turn, so that a clip never waits
+        for a long file. Raises Cancelled between two.
+        """
+        sound, step = recording.sound, Step("decode", recording.id)
+        made = cut_windows(sound.counted(recording.file, self.settings.max_audio_seconds), self.settings.vad)
+        turn: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        while not sound.complete:
+            if recording.cancelled.is_set():
+                raise Cancelled
+            with turn:
+                began = time.monotonic()
+                self.busy(step, STEP_SECONDS)
+                try:
+                    windows = next(made)
+                finally:
+                    self.busy(step, 0)
+                    sound.decode_seconds += time.monotonic() - began
+            yield windows
+            turn = self.turns
+
     def begin(self, recording: Recording, delivery: Delivery, windows: list[Window]) -> None:
         """Put windows in work; while the language is unknown, first those that have most speech."""
         transcribe = functools.partial(heard_whole, delivery.engine)
         telling: dict[int, Future[list[Segment]]] = {}  # by the window's start
         if not recording.language.done():
-            voters = sorted(windows, key=lambda window: -window.spoken)[:MOST_VOTERS]
+            others = sorted(windows[1:], key=lambda window: -window.spoken)
+            voters = [windows[0], *others[: MOST_VOTERS - 1]]
             recording.voters = len(voters)
             telling = {one.start: self.pool.submit(transcribe, recording, one) for one in voters}
             either: list[Future[Any]] = [recording.language, *telling.values()]
@@ -3091,8 +3145,8 @@ class Child:
 class Delivery:
     """The windows of a recording that are in work, and what has been sent of it; its own thread uses it."""
 
-    def __init__(self, recording: Recording, sound: Sound, engine: Engine, send: Callable[..., None]) -> None:
-        self.recording, self.sound, self.engine, self.send = recording, sound, engine, send
+    def __init__(self, recording: Recording, engine: Engine, send: Callable[..., None]) -> None:
+        self.recording, self.engine, self.send = recording, engine, send
         self.ahead: collections.deque[tuple[Future[list[Segment]], Window]] = collections.deque()  # not sent
         self.sent, self.segments = 0, 0  # windows and segments sent so far
         self.until = 0.0  # seconds: where the last window sent ends
@@ -3123,22 +3177,10 @@ class Delivery:
         count = max(0, self.recording.share.encodings - self.sent)
         encoded = [window for _, window in self.ahead][:count]
         half = sum(one.end - one.start for one in encoded) / RATE / 2  # the other half is to decode it
-        progress = (self.until + half, *self.sound.known())
+        progress = (self.until + half, *self.recording.sound.known())
         if progress != self.reported:
             self.reported = progress
             self.send("progress", self.recording.id, *progress, self.engine.owner.take_batches())
-
-
-def until_language(recording: Recording, windows: Iterable[Window]) -> Iterator[list[Window]]:
-    """The windows of a file, one by one; while its language is unknown, as many as tell it."""
-    held: list[Window] = []
-    for window in windows:
-        held.append(window)
-        if recording.language.done() or sum(one.spoken for one in held) >= LANGUAGE_SECONDS:
-            yield held
-            held = []
-    if held:
-        yield held
 
 
 def heard_whole(engine: Engine, recording: Recording, window: Window) -> list[Segment]:
@@ -3150,73 +3192,6 @@ def heard_whole(engine: Engine, recording: Recording, window: Window) -> list[Se
         for segment in segments:
             segment.words = []
     return segments
-
-
-class Sound:
-    """The sound of a recording as it passes: how much there was; its decoding in steps that the parent
-    times. The recording's own thread uses it.
-    """
-
-    def __init__(
-        self, recording: Recording, max_seconds: float, turns: threading.Semaphore, busy: Busy
-    ) -> None:
-        self.blocks = decode(recording.file, max_seconds, self.declare)
-        self.step, self.cancelled = Step("decode", recording.id), recording.cancelled
-        self.turns, self.busy = turns, busy
-        self.samples, self.declared, self.complete = 0, 0.0, False
-        self.turn = False  # whether it has one
-        self.decode_seconds, self.step_began = 0.0, 0.0  # seconds in FFmpeg and the VAD; monotonic
-
-    @property
-    def seconds(self) -> float:
-        """Sound so far."""
-        return self.samples / RATE
-
-    def declare(self, seconds: float) -> None:
-        """What the file says of its length."""
-        self.declared = seconds
-
-    def known(self) -> tuple[float, bool]:
-        """Seconds of sound known of, and whether that is the whole file, as far as it tells the truth."""
-        if self.complete or not self.declared or self.seconds > self.declared + 1:  # a little more is usual
-            return self.seconds, self.complete
-        return max(self.declared, self.seconds), True
-
-    def __iter__(self) -> Iterator[Samples]:
-        for block in self.blocks:
-            if self.seconds >= HEAD_START_SECONDS and not self.turn:
-                self.end_step()
-                self.turn = self.turns.acquire()
-                self.begin_step()
-            self.samples += len(block)
-            yield block
-        self.complete = True
-
-    def begin_step(self) -> None:
-        """FFmpeg or the VAD begins; nothing but the end of this process can break them off."""
-        self.busy(self.step, STEP_SECONDS)
-        self.step_began = time.monotonic()
-
-    def end_step(self) -> None:
-        """They have done their piece, and another recording may come in."""
-        self.decode_seconds += time.monotonic() - self.step_began
-        self.busy(self.step, 0)
-        if self.turn:
-            self.turn = False
-            self.turns.release()
-
-    def timed(self, pieces: Iterator[list[Window]]) -> Iterator[Window]:
-        """The windows of each piece, the making of which is a step. Raises Cancelled between two."""
-        made: list[Window] | None = []
-        while made is not None:
-            yield from made
-            if self.cancelled.is_set():
-                raise Cancelled
-            self.begin_step()
-            try:
-                made = next(pieces, None)
-            finally:
-                self.end_step()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3237,6 +3212,7 @@ MAX_RATE = 1_000_000  # DXD has 352,800; beyond, FFmpeg's resampler asks for gig
 MAX_BAD_PACKETS = 100_000  # a file of nothing but damage ends here, after a few seconds of CPU time
 MAX_BAD_READS = 100  # from here on the container itself is broken; its reader gets no further
 WINDOW_SECONDS = 14.0  # longer windows decode slower and no better; Whisper takes at most 30
+FIRST_WINDOW_SECONDS = 7.0  # of a long file, the words of which somebody waits for
 UNBROKEN_SECONDS = 26.0  # of speech without a pause; with PAD_SECONDS and the second of `quiet_cuts` below 30
 MAX_GAP_SECONDS = 2.0  # a longer pause parts windows that have enough speech
 PAD_SECONDS = 1.0  # kept around speech: the first and last sounds of a word are quiet
@@ -3436,11 +3412,13 @@ class Window:
             at, start = cut, start + cut - at + left_out
 
 
-def join_runs(speech: list[tuple[int, int]], rate: int = RATE) -> list[list[tuple[int, int]]]:
+def join_runs(
+    speech: list[tuple[int, int]], rate: int = RATE, first: float = WINDOW_SECONDS
+) -> list[list[tuple[int, int]]]:
     """Runs of speech, in samples, joined to those of each window.
 
     A window holds as many runs as fit with short pauses. While it has not enough speech it goes on over
-    longer pauses; so it does for a stray last word.
+    longer pauses; so it does for a stray last word. The first is full after `first` seconds.
 
     >>> join_runs([(10, 80), (90, 95), (150, 155)], rate=10), join_runs([(0, 10), (90, 120)], rate=10)
     ([[(10, 80), (90, 95), (150, 155)]], [[(0, 10), (90, 120)]])
@@ -3454,7 +3432,8 @@ def join_runs(speech: list[tuple[int, int]], rate: int = RATE) -> list[list[tupl
             n + 1 == len(speech) or speech[n + 1][0] - end > FAR_GAP_SECONDS * rate
         )
         thin = spoken < ENOUGH_SPEECH_SECONDS * rate or stray
-        gap, limit = (FAR_GAP_SECONDS, THIN_WINDOW_SECONDS) if thin else (MAX_GAP_SECONDS, WINDOW_SECONDS)
+        full = first if len(windows) == 1 else WINDOW_SECONDS
+        gap, limit = (FAR_GAP_SECONDS, THIN_WINDOW_SECONDS) if thin else (MAX_GAP_SECONDS, full)
         pause = start - speech[n - 1][1]
         more = end - start + (pause if pause <= MAX_GAP_SECONDS * rate else 2 * edge)
         if windows and pause <= gap * rate and size + more + 2 * pad <= limit * rate:
@@ -3466,7 +3445,9 @@ def join_runs(speech: list[tuple[int, int]], rate: int = RATE) -> list[list[tupl
     return windows
 
 
-def plan_windows(speech: list[tuple[int, int]], length: int, rate: int = RATE) -> list[list[tuple[int, int]]]:
+def plan_windows(
+    speech: list[tuple[int, int]], length: int, rate: int = RATE, first: float = WINDOW_SECONDS
+) -> list[list[tuple[int, int]]]:
     """The stretches of sound that make up each window, in samples, from runs of speech.
 
     Of a long pause within a window its two ends stay. Margins stop halfway to the neighbour, so that
@@ -3477,7 +3458,7 @@ def plan_windows(speech: list[tuple[int, int]], length: int, rate: int = RATE) -
     >>> plan_windows([(20, 30), (60, 90)], length=95, rate=10)
     [[(10, 37), (53, 95)]]
     """
-    pad, joined, windows = int(PAD_SECONDS * rate), join_runs(speech, rate), []
+    pad, joined, windows = int(PAD_SECONDS * rate), join_runs(speech, rate, first), []
     for n, runs in enumerate(joined):
         before = (joined[n - 1][-1][1] + runs[0][0]) // 2 if n else 0
         after = (runs[-1][1] + joined[n + 1][0][0]) // 2 if n + 1 < len(joined) else length
@@ -3594,7 +3575,8 @@ def cut_windows(blocks: Iterable[Samples], vad: bool) -> Iterator[list[Window]]:
     for piece, last in join_blocks(blocks, VAD_FIRST_SECONDS * RATE, VAD_BLOCK_SECONDS * RATE):
         sound = np.concatenate((kept, piece)) if len(kept) else piece
         speech = find_speech(sound, vad) if len(sound) else []
-        planned = plan_windows(speech, len(sound))
+        begins = not origin and not last
+        planned = plan_windows(speech, len(sound), RATE, FIRST_WINDOW_SECONDS if begins else WINDOW_SECONDS)
         held = len(sound)
         if not last:
             unfinished = bool(planned) and len(sound) - speech[-1][1] <= FAR_GAP_SECONDS * RATE
@@ -3648,10 +3630,10 @@ class Owner:
 
     The recording that has had least of the model comes first, so that a short clip waits for no
     more than the call in work. Among those that are level encodings come first, so that many windows meet
-    in one `generate`; but a recording's first window waits for none of its others.
+    in one `generate`; but a recording's first window waits for none of its others, which wait for it.
 
     `wake` guards all fields from `fair` on, each recording's share and the writing of `batch_size`; `shared`,
-    `candidates` and `take` want it held. Without it are read: a share's
+    `candidates`, `ready` and `take` want it held. Without it are read: a share's
     `encodings` and `inference` and the number of those present, by the thread of a recording, as estimates
     or after its last call; and `batch_size`, which only ever falls.
     """
@@ -3696,7 +3678,9 @@ class Owner:
             if recording.cancelled.is_set():
                 raise Cancelled
             self.waiting.setdefault(recording, collections.deque()).append(call)
-            self.wake.notify()
+            if start == recording.begins:
+                recording.behind.discard(kind)
+            self.wake.notify_all()
         return call.answer.result()
 
     def run(self, lane: Step) -> None:
@@ -3772,7 +3756,11 @@ class Owner:
         """Those that wait, the one that had least first. None has two lanes while others are about."""
         alone = self.lanes < 2 or not self.shared()
         may = [recording for recording in self.waiting if alone or not recording.share.calls]
-        return sorted(may, key=lambda recording: recording.share.had)
+        return sorted(filter(self.ready, may), key=lambda recording: recording.share.had)
+
+    def ready(self, recording: Recording) -> list[Call]:
+        """Calls of a recording that wait for the model alone."""
+        return [call for call in self.waiting[recording] if call.kind not in recording.behind]
 
     def take(self) -> list[Call]:
         """The calls to make next, removed from those that wait."""
@@ -3780,12 +3768,12 @@ class Owner:
         candidates = self.candidates()
         least = candidates[0].share.had
         level = [one for one in candidates if one.share.had <= least + LEVEL_SECONDS]
-        waiting = (call for one in level for call in self.waiting[one])
+        waiting = (call for one in level for call in self.ready(one))
         first = min(waiting, key=lambda call: (call.start != call.recording.begins, call.kind == "generate"))
         calls = [first]
         if first.kind == "generate":
             for one in candidates:
-                fitting = [c for c in self.waiting[one] if c.key == first.key and c is not first]
+                fitting = [c for c in self.ready(one) if c.key == first.key and c is not first]
                 calls += fitting[: min(most, self.batch_size) - (one is first.recording)]
             part = math.ceil(len(calls) / (1 + self.free))  # the rest is for the lanes that wait
             calls = calls[: min(part, self.batch_size)]
