@@ -1174,18 +1174,40 @@ def test_language_is_not_told_by_half_a_second(server: Served, name: str) -> Non
     assert times == sorted(times)
 
 
+def begun(options: Options, *spoken: float) -> list[list[int]]:
+    """The windows, one a piece with so many seconds of speech, that a file puts in work together."""
+    work = Recording(1, options, io.BytesIO())
+    child = whisper_server.Child(None, Settings(), "base", "", False)
+    owner = Owner(None, 2, lambda step, seconds: None, lanes=0)
+    engine: Any = types.SimpleNamespace(check=bool, batch_size=2, owner=owner)
+    done: list[Any] = []
+    groups: list[list[int]] = []
+
+    def pieces(work: Recording) -> Iterator[list[Window]]:
+        for n, one in enumerate(spoken):
+            assert not done or done[0].done()  # the first words of a stream came after the next VAD
+            work.sound.complete = n + 1 == len(spoken)
+            yield [Window(n + 7, np.zeros(1, np.float32), [(0.0, one)])] if one else []
+
+    def begin(work: Recording, delivery: whisper_server.Delivery, windows: list[Window]) -> None:
+        assert groups or (work.begins, work.behind) == (windows[0].start, {"encode", "generate"})
+        groups.append([window.start - 7 for window in windows])
+        for window in windows:
+            done.append(pool.submit(lambda: [time.sleep(0.2)][:0]))
+            delivery.ahead.append((done[-1], window))
+        if not work.language.done():
+            work.language.set_result("en")
+
+    vars(child).update(send=lambda *_: None, pieces=pieces, begin=begin, loaded=lambda work: engine)
+    with ThreadPoolExecutor() as pool:
+        child.transcribe(work)
+    return groups
+
+
 def test_windows_wait_for_enough_speech_only_until_the_language_is_known() -> None:
-    def windows(*spoken: float) -> list[Window]:
-        return [Window(n, np.zeros(1, np.float32), [(0.0, one)]) for n, one in enumerate(spoken)]
-
-    def groups(work: Recording, *spoken: float) -> list[list[int]]:
-        return [[one.start for one in some] for some in whisper_server.until_language(work, windows(*spoken))]
-
-    work = Recording(1, Options(), io.BytesIO())
-    assert groups(work, 0.5, 1, 29, 0.5) == [[0, 1, 2], [3]]
-    assert groups(work, 0.5, 1) == [[0, 1]] and groups(work) == []
-    work.language.set_result("de")
-    assert groups(work, 0.5, 1, 4) == [[0], [1], [2]]
+    assert begun(Options(), 0.5, 1, 29, 0.5) == [[0, 1, 2], [3]]
+    assert begun(Options(), 0.5, 0, 1) == [[0, 2]] and begun(Options(), 0) == []
+    assert begun(Options(language="de"), 0.5, 0, 1, 4) == [[0], [2], [3]]
 
 
 def test_window_that_cannot_tell_the_language_ends_the_file() -> None:
@@ -1687,6 +1709,26 @@ def test_first_window_waits_for_none_of_the_others() -> None:
     owner.waiting[work] = collections.deque(calls)
     order = [calls.index(owner.take()[0]) for _ in calls]
     assert order == [2, 4, 0, 3, 1]
+
+
+def test_others_of_a_file_wait_for_its_first_window() -> None:
+    """With three windows in two lanes the first words were decoded last."""
+    owner = Owner(None, 4, lambda step, seconds: None, lanes=0)
+    work = Recording(1, Options(), io.BytesIO(), begins=500, behind={"encode", "generate"})
+    other = Recording(2, Options(), io.BytesIO())
+    with ThreadPoolExecutor() as pool:
+        for kind in ("encode", "generate"):
+            pool.submit(owner.ask, work, kind, "a", start=900)
+            in_time(lambda: work in owner.waiting)
+            assert not owner.candidates()  # a lane is free, but the first is about to come
+            owner.waiting[other] = collections.deque([Call(other, kind, "a", (), {})])
+            assert {call.recording for call in owner.take()} == {other}  # nor do they join another's batch
+            pool.submit(owner.ask, work, kind, "b", start=500)
+            in_time(lambda: len(owner.waiting[work]) == 2)
+            taken = owner.take() + owner.take()
+            assert [call.start for call in taken] == [500, 900]
+            for call in taken:
+                call.answer.set_result(None)
 
 
 def test_a_lane_stays_free_of_a_long_file_while_others_are_about() -> None:
@@ -4843,9 +4885,9 @@ def test_without_news_no_time_left_is_told() -> None:
 def test_length_that_a_file_does_not_declare_is_not_made_up(recordings: Callable[[str], bytes]) -> None:
     for name in CONTAINERS:
         work = Recording(1, Options(), io.BytesIO(recordings(name)))
-        heard = whisper_server.Sound(work, 60, threading.Semaphore(2), lambda step, seconds: None)
+        heard = work.sound
         assert heard.known() == (0, False)
-        told = [heard.known() for _ in heard]
+        told = [heard.known() for _ in heard.counted(work.file, 60)]
         assert heard.known() == (heard.seconds, True)
         for seconds, whole in told:
             assert whole == (name != "aac")  # FFmpeg would guess 3.1 s there
@@ -5957,11 +5999,12 @@ def test_file_that_hangs_ffmpeg_is_refused_and_costs_nobody_else_anything(tmp_pa
 @pytest.mark.unix
 def test_client_that_leaves_a_file_that_hangs_ffmpeg_leaves_no_work_behind(tmp_path: Path) -> None:
     patch = """
-begin = whisper_server.Sound.begin_step
-def begin_step(self):
-    begin(self)
-    whisper_server.log.info("step of request %d", self.step.number)
-whisper_server.Sound.begin_step = begin_step
+busy = whisper_server.Child.busy
+def told(self, step, seconds):
+    busy(self, step, seconds)
+    if step.kind == "decode" and seconds:
+        whisper_server.log.info("step of request %d", step.number)
+whisper_server.Child.busy = told
 """
     with serving(tmp_path, patch=WORDY + BRISK + patch, VAD="0") as served:
         assert words(served) == 1

@@ -3126,7 +3126,7 @@ class Child:
 
     def begin(self, recording: Recording, delivery: Delivery, windows: list[Window]) -> None:
         """Put windows in work; while the language is unknown, first those that have most speech."""
-        transcribe = functools.partial(heard_whole, delivery.engine)
+        transcribe = delivery.engine.transcribe
         telling: dict[int, Future[list[Segment]]] = {}  # by the window's start
         if not recording.language.done():
             others = sorted(windows[1:], key=lambda window: -window.spoken)
@@ -3181,17 +3181,6 @@ class Delivery:
         if progress != self.reported:
             self.reported = progress
             self.send("progress", self.recording.id, *progress, self.engine.owner.take_batches())
-
-
-def heard_whole(engine: Engine, recording: Recording, window: Window) -> list[Segment]:
-    """Segments of a window. Of two like sentences the model may hear one; the other is decoded alone."""
-    segments = engine.transcribe(recording, window)
-    for part in window.unheard(segments):
-        segments = sorted(segments + engine.transcribe(recording, part), key=lambda one: one.start)
-    if "word" not in recording.options.granularities:
-        for segment in segments:
-            segment.words = []
-    return segments
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3398,18 +3387,23 @@ class Window:
             finish += left_out / RATE if later or after > CUT_SLACK else 0.0
         return begin + start, finish + end
 
+    def part(self, begin: int, end: int) -> Window:
+        """What lies between two samples of it, as a window of its own."""
+        start = self.start + begin + sum(left_out for cut, left_out in self.cuts if cut <= begin)
+        inside = [(max(s, begin / RATE), min(e, end / RATE)) for s, e in self.speech]
+        speech = [(s - begin / RATE, e - begin / RATE) for s, e in inside if s < e]
+        cuts = [(cut - begin, left_out) for cut, left_out in self.cuts if begin < cut < end]
+        return Window(start, self.samples[begin:end], speech, cuts)
+
     def unheard(self, segments: list[Segment]) -> Iterator[Window]:
-        """The parts between shortened pauses in which no word lies, each a window of its own."""
+        """The parts beside shortened pauses in which no word lies."""
         words = [word for segment in segments for word in segment.words or (segment,)]
-        at, start = 0, self.start
-        for cut, left_out in [*self.cuts, (len(self.samples), 0)] if self.cuts else []:
-            runs = [(s - at / RATE, e - at / RATE) for s, e in self.speech if at <= s * RATE < cut]
-            part = Window(start, self.samples[at:cut], runs)
-            spoken = [(start / RATE + s, start / RATE + e) for s, e in runs]
-            heard = any(word.start < e and word.end > s for word in words for s, e in spoken)
+        borders = [0, *(cut for cut, _ in self.cuts), len(self.samples)] if self.cuts else []
+        for part in itertools.starmap(self.part, itertools.pairwise(borders)):
+            spoken = [part.in_file(*run) for run in part.speech]
+            heard = any(word.start < end and word.end > start for word in words for start, end in spoken)
             if part.spoken > UNHEARD_SECONDS and not heard:
                 yield part
-            at, start = cut, start + cut - at + left_out
 
 
 def join_runs(
@@ -4099,18 +4093,24 @@ class Engine:
     def transcribe(self, recording: Recording, window: Window) -> list[Segment]:
         """Segments of one window, at their times in the file. Finds the language if nobody gave it.
 
-        The model may end long before the speech does; what is left is decoded as a window of its own.
+        The model may end long before the speech does; what is left is decoded as a window of its own. So is
+        what it left out between two pauses: of two like sentences it may say one.
         """
-        found = self.decode(recording, window)
+        found, tail = self.decode(recording, window), window
+        segments, said = placed(found, window), found
         for _ in range(MOST_TAILS if found and self.settings.vad else 0):
-            end = tail_begin(window, found[-1])
-            tail = tail_of(window, end)
-            more = self.decode(recording, tail) if tail.spoken > TAIL_SPEECH_SECONDS else []
-            if not more or is_doubtful(more[0], recording.options.temperature) or only_repeats(more, found):
+            tail = tail.part(int(tail_begin(tail, found[-1]) * RATE), len(tail.samples))
+            found = self.decode(recording, tail) if tail.spoken > TAIL_SPEECH_SECONDS else []
+            if not found or is_doubtful(found[0], recording.options.temperature) or only_repeats(found, said):
                 break
-            found[-1] = dataclasses.replace(found[-1], end=min(end, found[-1].end))
-            found += [later(one, end) for one in more]
-        return placed(found, window)
+            segments[-1].end = min(segments[-1].end, tail.start / RATE)
+            segments, said = segments + placed(found, tail), said + found
+        for part in window.unheard(segments):
+            segments = sorted(segments + self.transcribe(recording, part), key=lambda one: one.start)
+        if "word" not in recording.options.granularities:
+            for segment in segments:
+                segment.words = []
+        return segments
 
     def decode(self, recording: Recording, window: Window) -> list[Any]:
         """faster-whisper's segments of one window, at their times in it."""
@@ -4158,12 +4158,6 @@ def tail_begin(window: Window, last: Any) -> float:
     return end
 
 
-def tail_of(window: Window, end: float) -> Window:
-    """What follows a second of a window, as a window that begins there."""
-    speech = [(max(start, end) - end, stop - end) for start, stop in window.speech if stop > end]
-    return Window(0, window.samples[int(end * RATE) :], speech)
-
-
 def is_doubtful(segment: Any, temperature: float) -> bool:
     """Whether a tail may be no speech: what is no better than many a window was often made up."""
     return bool(segment.temperature > temperature or segment.avg_logprob < TAIL_LOGPROB)
@@ -4175,16 +4169,6 @@ def only_repeats(more: list[Any], found: list[Any]) -> bool:
         "".join(c for one in part for c in one.text.lower() if c.isalnum()) for part in (more, found)
     )
     return said.endswith(again)
-
-
-def later(segment: Any, seconds: float) -> Any:
-    """faster-whisper's segment, so many seconds later."""
-
-    def moved(one: Any, **other: Any) -> Any:
-        return dataclasses.replace(one, start=one.start + seconds, end=one.end + seconds, **other)
-
-    words = segment.words and [moved(word) for word in segment.words]
-    return moved(segment, seek=segment.seek + int(seconds * 100), words=words)
 
 
 def speech_after(window: Window, segment: Any) -> float:
