@@ -2825,7 +2825,7 @@ class Share:
 class Sound:
     """What is known of a file's sound as it passes. The file's own thread uses it."""
 
-    seconds: float = 0.0  # so far
+    samples: int = 0  # so far
     declared: float = 0.0  # seconds of the whole, if the file tells; an estimate in some
     complete: bool = False
     decode_seconds: float = 0.0  # spent in FFmpeg and the VAD
@@ -2833,9 +2833,14 @@ class Sound:
     def counted(self, file: IO[bytes], max_seconds: float) -> Iterator[Samples]:
         """The sound of a file, in blocks."""
         for block in decode(file, max_seconds, functools.partial(setattr, self, "declared")):
-            self.seconds += len(block) / RATE
+            self.samples += len(block)
             yield block
         self.complete = True
+
+    @property
+    def seconds(self) -> float:
+        """Sound so far; exact, since it is charged by whole seconds."""
+        return self.samples / RATE
 
     def known(self) -> tuple[float, bool]:
         """Seconds of sound known of, and whether that is the whole file, as far as it tells the truth."""
@@ -2917,8 +2922,9 @@ class Child:
         self.fetch_lock = threading.Lock()
         self.recordings: dict[int, Recording] = {}
         self.engine: Future[Engine] | None = None
-        # Who decodes beyond the first piece: more would wait for the interpreter, each with its memory.
-        self.turns = threading.Semaphore(2)
+        # Who decodes a file's first piece, and who the others: more would wait for the interpreter, each
+        # with its memory. So a clip never waits for a long file.
+        self.turns = threading.Semaphore(2), threading.Semaphore(2)
         # A window in work waits in a thread; `Delivery.add` bounds their number for each file. Those that
         # tell a language wait for one another, so those of all files must have one.
         most = MOST_VOTERS * (settings.max_queue + 1)
@@ -3104,16 +3110,15 @@ class Child:
 
     def pieces(self, recording: Recording) -> Iterator[list[Window]]:
         """The windows of each piece of a file, the making of which is a step that the parent times: nothing
-        but the end of this process can break it off. The first waits for no turn, so that a clip never waits
-        for a long file. Raises Cancelled between two.
+        but the end of this process can break it off. Raises Cancelled between two.
         """
         sound, step = recording.sound, Step("decode", recording.id)
         made = cut_windows(sound.counted(recording.file, self.settings.max_audio_seconds), self.settings.vad)
-        turn: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        turn, others = self.turns
         while not sound.complete:
-            if recording.cancelled.is_set():
-                raise Cancelled
             with turn:
+                if recording.cancelled.is_set():
+                    raise Cancelled
                 began = time.monotonic()
                 self.busy(step, STEP_SECONDS)
                 try:
@@ -3122,10 +3127,12 @@ class Child:
                     self.busy(step, 0)
                     sound.decode_seconds += time.monotonic() - began
             yield windows
-            turn = self.turns
+            turn = others
 
     def begin(self, recording: Recording, delivery: Delivery, windows: list[Window]) -> None:
-        """Put windows in work; while the language is unknown, first those that have most speech."""
+        """Put windows in work; while the language is unknown, at first those that tell it: the first, for
+        which the others wait, and those that have most speech.
+        """
         transcribe = delivery.engine.transcribe
         telling: dict[int, Future[list[Segment]]] = {}  # by the window's start
         if not recording.language.done():
@@ -3391,7 +3398,7 @@ class Window:
         """What lies between two samples of it, as a window of its own."""
         start = self.start + begin + sum(left_out for cut, left_out in self.cuts if cut <= begin)
         inside = [(max(s, begin / RATE), min(e, end / RATE)) for s, e in self.speech]
-        speech = [(s - begin / RATE, e - begin / RATE) for s, e in inside if s < e]
+        speech = [(s - begin / RATE, e - begin / RATE) for s, e in inside if e - s > 0.001]  # rounded: none
         cuts = [(cut - begin, left_out) for cut, left_out in self.cuts if begin < cut < end]
         return Window(start, self.samples[begin:end], speech, cuts)
 
@@ -3565,12 +3572,11 @@ def cut_windows(blocks: Iterable[Samples], vad: bool) -> Iterator[list[Window]]:
     """
     import numpy as np
 
-    kept, origin = np.empty(0, np.float32), 0
+    kept, origin, first = np.empty(0, np.float32), 0, FIRST_WINDOW_SECONDS
     for piece, last in join_blocks(blocks, VAD_FIRST_SECONDS * RATE, VAD_BLOCK_SECONDS * RATE):
         sound = np.concatenate((kept, piece)) if len(kept) else piece
         speech = find_speech(sound, vad) if len(sound) else []
-        begins = not origin and not last
-        planned = plan_windows(speech, len(sound), RATE, FIRST_WINDOW_SECONDS if begins else WINDOW_SECONDS)
+        planned = plan_windows(speech, len(sound), RATE, WINDOW_SECONDS if last else first)
         held = len(sound)
         if not last:
             unfinished = bool(planned) and len(sound) - speech[-1][1] <= FAR_GAP_SECONDS * RATE
@@ -3578,6 +3584,7 @@ def cut_windows(blocks: Iterable[Samples], vad: bool) -> Iterator[list[Window]]:
             held = planned.pop()[0][0] if unfinished else max(len(sound) - int(PAD_SECONDS * RATE), end)
         windows = [window_of(sound, stretches, speech, origin) for stretches in planned]
         kept, origin = sound[held:].copy(), origin + held
+        first = WINDOW_SECONDS if windows else first
         del piece, sound  # while the windows are in work
         yield windows
 
@@ -3626,8 +3633,8 @@ class Owner:
     more than the call in work. Among those that are level encodings come first, so that many windows meet
     in one `generate`; but a recording's first window waits for none of its others, which wait for it.
 
-    `wake` guards all fields from `fair` on, each recording's share and the writing of `batch_size`; `shared`,
-    `candidates`, `ready` and `take` want it held. Without it are read: a share's
+    `wake` guards all fields from `fair` on, each recording's `share` and `behind`, and the writing of
+    `batch_size`; `shared`, `candidates`, `ready` and `take` want it held. Without it are read: a share's
     `encodings` and `inference` and the number of those present, by the thread of a recording, as estimates
     or after its last call; and `batch_size`, which only ever falls.
     """
@@ -4096,15 +4103,17 @@ class Engine:
         The model may end long before the speech does; what is left is decoded as a window of its own. So is
         what it left out between two pauses: of two like sentences it may say one.
         """
-        found, tail = self.decode(recording, window), window
-        segments, said = placed(found, window), found
-        for _ in range(MOST_TAILS if found and self.settings.vad else 0):
-            tail = tail.part(int(tail_begin(tail, found[-1]) * RATE), len(tail.samples))
-            found = self.decode(recording, tail) if tail.spoken > TAIL_SPEECH_SECONDS else []
-            if not found or is_doubtful(found[0], recording.options.temperature) or only_repeats(found, said):
+        heard = [(window, self.decode(recording, window))]  # its parts, and what the model says in each
+        for _ in range(MOST_TAILS if heard[0][1] and self.settings.vad else 0):
+            part, found = heard[-1]
+            end = round(tail_begin(part, found[-1]) * RATE)
+            tail = part.part(end, len(part.samples))
+            more = self.decode(recording, tail) if tail.spoken > TAIL_SPEECH_SECONDS else []
+            said = [one for _, found in heard for one in found]
+            if not more or is_doubtful(more[0], recording.options.temperature) or only_repeats(more, said):
                 break
-            segments[-1].end = min(segments[-1].end, tail.start / RATE)
-            segments, said = segments + placed(found, tail), said + found
+            heard[-1:] = [(part.part(0, end), found), (tail, more)]
+        segments = [one for part, found in heard for one in placed(found, part)]
         for part in window.unheard(segments):
             segments = sorted(segments + self.transcribe(recording, part), key=lambda one: one.start)
         if "word" not in recording.options.granularities:
