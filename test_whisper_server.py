@@ -717,6 +717,83 @@ def test_decoding_mixes_channels_that_differ() -> None:
     assert like > 0.99 and off == 0
 
 
+def of_channels(*channels: Any, dtype: str = "<i2") -> bytes:
+    """WAV at 16 kHz whose head says how many channels there are, and of none what it is."""
+    kind = np.dtype(dtype)
+    together = np.stack(channels, axis=1)
+    scaled = (
+        together
+        if kind.kind == "f"
+        else together * (2.0 ** (8 * kind.itemsize - 1) - 1) + 128 * (kind == "u1")
+    )
+    data = scaled.astype(kind).tobytes()
+    return wav_of_shape(RATE, len(channels), data, 3 if kind.kind == "f" else 1, 8 * kind.itemsize)
+
+
+def test_voice_in_opposite_phase_is_heard(server: Served) -> None:
+    fox = samples_of(ENGLISH)
+    assert heard_right(server, sound=of_channels(fox, -fox))
+    for right in (-0.9, -0.7):  # a cable the wrong way round, and another gain
+        assert likeness(decoded(of_channels(fox, right * fox)), fox)[0] > 0.999
+
+
+def test_phase_that_turns_over_in_a_file_loses_no_word() -> None:
+    fox, hello = samples_of(ENGLISH, 1.0), samples_of(HELLO, 1.0)
+    left, right = np.concatenate([fox, hello, fox]), np.concatenate([fox, -hello, fox])
+    heard = decoded(of_channels(left, right))
+    pieces = np.split(heard, [len(fox), len(fox) + len(hello)])
+    for piece, said in zip(pieces, (fox, hello, fox), strict=True):
+        assert likeness(piece, said)[0] > 0.99
+
+
+def test_channel_that_is_heard_alone_is_not_changed_to_and_fro() -> None:
+    fox = samples_of(*[ENGLISH] * 5)
+    swing = 0.2 * np.sin(np.arange(len(fox)) / RATE * 2 * np.pi / 3)  # now the left is louder, now the right
+    left, right = (1 + swing) * fox / 2, (swing - 1) * fox / 2
+    heard = decoded(of_channels(left, right))
+    assert max(likeness(heard, left)[0], likeness(heard, right)[0]) > 0.9999
+
+
+@pytest.mark.parametrize(
+    "count, dtype", [(3, "<i2"), (8, "<i4"), (9, "<i2"), (33, "u1"), (65, "<i8"), (200, "<f4")]
+)
+def test_channel_of_a_recorder_is_heard(count: int, dtype: str) -> None:
+    fox, hello = samples_of(ENGLISH, 1.0), samples_of(HELLO)
+    channels = np.zeros((count, len(fox) + len(hello)), np.float32)
+    channels[count // 2 - 1, : len(fox)], channels[count - 1, len(fox) :] = fox, hello
+    first, second = np.split(decoded(of_channels(*channels, dtype=dtype)), [len(fox)])
+    assert likeness(first, fox)[0] > 0.99 and likeness(second, hello)[0] > 0.97
+
+
+def test_words_of_a_recorder_with_nine_channels(server: Served) -> None:
+    assert heard_right(server, sound=of_channels(*[rest(ENGLISH.seconds)] * 8, samples_of(ENGLISH)))
+
+
+def test_channels_above_and_bass_are_mixed_as_far_as_they_are_heard() -> None:
+    fox, quiet = samples_of(2.0, ENGLISH), rest(2 + ENGLISH.seconds)
+    bass = (0.9 * np.sin(np.arange(len(fox)) * 2 * np.pi * 40 / RATE)).astype(np.float32)
+    for layout, channels in {
+        "7.1.4": [quiet] * 10 + [fox, quiet],  # FFmpeg mixes without it
+        "2 channels (FL+LFE)": [quiet, fox],  # FFmpeg has no mix of it
+        "5.1": [quiet, quiet, fox, bass, quiet, quiet],
+    }.items():
+        file = io.BytesIO()
+        with av.open(file, "w", format="wav") as container:
+            stream = container.add_stream("pcm_s16le", rate=RATE, layout=layout)
+            packed = (np.stack(channels, axis=1) * 32767).astype(np.int16).reshape(1, -1)
+            frame = av.AudioFrame.from_ndarray(packed, "s16", layout)
+            frame.sample_rate = RATE
+            container.mux([*stream.encode(frame), *stream.encode(None)])
+        heard = decoded(file.getvalue())[2 * RATE :]  # before the voice the bass is alone
+        assert likeness(heard, fox[2 * RATE :])[0] > 0.999, layout
+
+
+def test_damage_in_eight_channels_is_survived() -> None:
+    data = bytearray(encoded(samples_of(ENGLISH, COUNTING), "adts", "aac", 48000, "7.1"))
+    data[len(data) // 3 : len(data) // 2] = random.Random(2).randbytes(len(data) // 2 - len(data) // 3)
+    assert len(decoded(bytes(data))) > 3 * RATE
+
+
 def test_decoding_ignores_a_latin_1_tag(recordings: Callable[[str], bytes]) -> None:
     plain = wav_of(samples_of(ENGLISH))
     tag = b"LIST" + (16).to_bytes(4, "little") + b"INFOIART" + (4).to_bytes(4, "little") + b"Caf\xe9"
@@ -1700,7 +1777,10 @@ def test_loud_channels_that_say_the_same_are_not_cut_off(channels: int) -> None:
     data = np.repeat(once, channels).astype(np.float32).tobytes()
     wav = wav_of_shape(16_000, channels, data, kind=3, bits=32)
     heard = decoded(wav)
-    assert np.abs(heard).max() > 1.2
+    mix = (
+        math.sqrt(2) if channels == 2 else 1.0
+    )  # more are no loudspeakers, as long as the head does not say so
+    assert np.abs(heard).max() == pytest.approx(0.95 * mix, abs=0.001)
     assert np.abs(heard / np.abs(heard).max() * 0.95 - once).max() < 0.001
 
 
@@ -7809,7 +7889,7 @@ def test_hardly_any_samples_are_no_failure(samples: int) -> None:
 
 @pytest.mark.parametrize(
     ("rate", "channels"),
-    [(16_000, n) for n in (0, 64, 255, 256, 65_535)]
+    [(16_000, n) for n in (0, 513, 65_535)]
     + [(n, 1) for n in (0, 1, 999, 2_000_000, 2**31 - 1, 4_000_000_000, 2**32 - 1)],
 )
 def test_absurd_shapes_are_refused(rate: int, channels: int) -> None:

@@ -3203,7 +3203,12 @@ DEMUXERS = (
 )
 GUESSED = ("aac", "ac3", "eac3")  # they declare no length; FFmpeg guesses it by the first frame's bit rate
 LOUDEST = 8.0  # eight equal channels make 4.4; what is more is no sound
-MAX_CHANNELS = 32  # FFmpeg's resampler mixes no more; 7.1 is the widest layout in use
+MAX_CHANNELS = 64  # FFmpeg's resampler takes no more; its decoders have up to 512
+MIX_SECONDS = 1  # how often it is decided how channels are mixed
+MOST_SAMPLES = 2**24  # in such a block, of all channels: 64 MB
+HISS = 1e-4  # of the loudest channel's power: one with less has no sound
+CALM_BLOCKS = 10  # without opposite phases, until a mix is trusted again
+CANCELLED = 0.1  # of the loudest channel's power, in the mix: less is left only of opposite phases
 MAX_RATE = 1_000_000  # DXD has 352,800; beyond, FFmpeg's resampler asks for gigabytes
 MAX_BAD_PACKETS = 100_000  # a file of nothing but damage ends here, after a few seconds of CPU time
 MAX_BAD_READS = 100  # from here on the container itself is broken; its reader gets no further
@@ -3247,7 +3252,6 @@ def decode(
     Raises Refusal 400 for bytes without decodable sound, 413 for more than `max_seconds` of it.
     """
     import av
-    import numpy as np
 
     seconds = 0.0
     file.seek(0)  # the parent wrote it through the same descriptor
@@ -3259,12 +3263,14 @@ def decode(
                 raise too_long(max_seconds)
             if (container.duration or 0) > 0 and container.format.name not in GUESSED:
                 declare(container.duration / av.time_base)
-            for frame in frames(container):
-                sound = frame.to_ndarray().reshape(-1)
+            track = Track(container, container.streams.audio[0])
+            for sound in mono(track.frames()):
                 seconds += len(sound) / RATE
                 if seconds > max_seconds:
                     raise too_long(max_seconds)
-                yield np.clip(np.nan_to_num(sound, nan=0.0), -LOUDEST, LOUDEST)
+                yield sound
+            if track.broken:
+                raise track.broken
     except (av.error.FFmpegError, OSError) as error:
         if isinstance(error, MemoryError):
             bytearray(2**26)  # raises again if memory has run out; else the file asked for an absurd amount
@@ -3300,54 +3306,154 @@ def undecodable() -> Refusal:
     return Refusal(400, "The audio file could not be decoded or its format is not supported.")
 
 
-def frames(container: Any) -> Iterator[Any]:
-    """The frames of a container's first audio track, resampled to mono at 16 kHz."""
+def mono(frames: Iterable[Any]) -> Iterator[Samples]:
+    """Frames of any shape -> blocks of mono at 16 kHz."""
+    import av
+    import numpy as np
+
+    for (_, name, rate), alike in itertools.groupby(frames, shape_of):
+        layout = av.AudioLayout(name)
+        count = layout.nb_channels
+        if count < 1 or not 1000 <= rate <= MAX_RATE:
+            raise undecodable()
+        mix, wide = Mix(layout), count > MAX_CHANNELS
+        size = min(rate * MIX_SECONDS, MOST_SAMPLES // count) * (count if wide else 1)
+        joined = {"layout": "mono" if wide else layout, "rate": rate, "frame_size": size}
+        planar = count < 8  # of eight PyAV reads a ninth, and beyond its memory
+        together = av.AudioResampler(format="fltp" if planar else "flt", **joined)
+        resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
+        for frame in itertools.chain(alike, [None]):
+            if frame is not None:
+                frame.pts = None  # a jump in the clock would make the resampler invent or drop sound
+                frame = in_one_channel(frame) if wide else frame
+            for block in together.resample(frame):
+                channels = block.to_ndarray()
+                mixed = mix(channels if planar else np.ascontiguousarray(channels.reshape(-1, count).T))
+                one = av.AudioFrame.from_ndarray(mixed.reshape(1, -1), "flt", "mono")
+                one.sample_rate = rate
+                for ready in resampler.resample(one):
+                    yield np.clip(ready.to_ndarray().reshape(-1), -LOUDEST, LOUDEST)
+        for ready in resampler.resample(None):  # what the filter still holds
+            yield np.clip(ready.to_ndarray().reshape(-1), -LOUDEST, LOUDEST)
+
+
+def shape_of(frame: Any) -> tuple[Any, ...]:
+    """What has to be alike in frames that are mixed and resampled together."""
+    return frame.format.name, frame.layout.name, frame.sample_rate
+
+
+def in_one_channel(frame: Any) -> Any:
+    """A frame of more than MAX_CHANNELS as one of one channel, in which they stand time by time."""
     import av
 
-    stream = container.streams.audio[0]
-    stream.thread_type = "NONE"
-    resampler: Any = None
-    shape = None
-    for frame in itertools.chain(raw_frames(container, stream), [None]):
-        if frame is None or shape != (shape := (frame.format.name, frame.layout.name, frame.sample_rate)):
-            if resampler is not None:
-                yield from resampler.resample(None)  # what the filter still holds
-            if frame is None:
-                return
-            if not (1 <= frame.layout.nb_channels <= MAX_CHANNELS and 1000 <= frame.sample_rate <= MAX_RATE):
-                raise undecodable()
-            resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
-        frame.pts = None  # a jump in the clock would make the resampler invent or drop sound
-        yield from resampler.resample(frame)
-
-
-def raw_frames(container: Any, stream: Any) -> Iterator[Any]:
-    """The frames of a stream as they were recorded; a damaged packet becomes its length of silence."""
-    import av
-
-    bad, last = 0, None
-    packets = container.demux(stream)
-    while True:
-        packet = None
-        try:
-            packet = next(packets)
-            for frame in packet.decode():
-                last = frame
-                yield frame
-        except (StopIteration, av.error.EOFError):
-            break
-        except MemoryError:  # FFmpeg's, too: no damage
-            raise
-        except av.error.FFmpegError:
-            bad += 1
-            if bad > (MAX_BAD_READS if packet is None else MAX_BAD_PACKETS):
-                raise
-            if packet is None:
-                packets = container.demux(stream)  # a generator is dead after its first exception
-            elif last is not None and packet.duration and packet.time_base:
-                yield from silence_like(last, float(packet.duration * packet.time_base))
-    if bad and last is None:  # there were packets, and none was sound
+    if frame.format.is_planar:  # Vorbis or Opus
         raise undecodable()
+    one = av.AudioFrame(frame.format.name, "mono", frame.samples * frame.layout.nb_channels)
+    one.planes[0].update(bytes(frame.planes[0])[: one.planes[0].buffer_size])
+    one.sample_rate = frame.sample_rate
+    return one
+
+
+class Mix:
+    """Channels -> one, by the layout, block by block.
+
+    Loudspeakers are summed as FFmpeg sums them. Channels that are none, of a recorder or a mixer say, become
+    the mean of those that have had sound. Where they cancel each other, the loudest is heard alone, and on
+    until they have not done so for a while: going to and fro would be heard.
+    """
+
+    def __init__(self, layout: Any) -> None:
+        import numpy as np
+
+        weights = speaker_weights(layout)
+        self.mean = weights is None
+        self.weights = np.zeros(layout.nb_channels, np.float32) if weights is None else weights
+        # A bass channel, which no mix has and which may be loudest, is heard only where all else is silent.
+        self.bass = np.array([0.03 if one.name.startswith("LFE") else 0.0 for one in layout.channels])
+        self.sounding = np.zeros(layout.nb_channels, bool)
+        self.alone: int | None = None  # the channel that is heard instead of the mix
+        self.calm = 0  # blocks since then in which nothing cancelled
+
+    def __call__(self, channels: Any) -> Samples:
+        """A block of float32 (channels, samples) -> (samples,)."""
+        import numpy as np
+
+        power = np.array([float(one @ one) for one in channels])
+        if not np.isfinite(power).all():
+            channels = np.clip(np.nan_to_num(channels, nan=0.0), -LOUDEST, LOUDEST)
+            power = np.array([float(one @ one) for one in channels])
+        if self.mean:
+            self.sounding |= power > HISS * power.max()
+            self.weights = (self.sounding / max(1, self.sounding.sum())).astype(np.float32)
+        mixed: Samples = self.weights @ channels
+        whole, parts = float(mixed @ mixed), np.maximum(self.weights, self.bass) ** 2 * power
+        cancels = whole < CANCELLED * parts.max()
+        self.calm = 0 if cancels else self.calm + bool(whole)
+        one = self.alone
+        if one is None or parts[one] < CANCELLED * parts.max() or self.calm >= CALM_BLOCKS or self.bass[one]:
+            self.alone = int(parts.argmax()) if cancels else None
+        return mixed if self.alone is None else channels[self.alone]
+
+
+def speaker_weights(layout: Any) -> Samples | None:
+    """What each channel counts in FFmpeg's mix to mono; None if the layout is not one of loudspeakers."""
+    import av
+    import numpy as np
+
+    count = layout.nb_channels
+    if count > 2 and re.fullmatch(r"\d+ channels", layout.name):  # of which FFmpeg would guess 5.1, say
+        return None
+    each = av.AudioFrame.from_ndarray(np.eye(count, dtype=np.float32).reshape(1, -1), "flt", layout.name)
+    each.sample_rate = RATE
+    try:
+        (mixed,) = av.AudioResampler(format="flt", layout="mono", rate=RATE).resample(each)
+    except av.error.FFmpegError:  # "left without right", "above" or "ambisonic", say
+        return None
+    weights: Samples = mixed.to_ndarray().reshape(-1)
+    bass = np.array([one.name.startswith("LFE") for one in layout.channels])
+    weights[(weights == 0) & ~bass] = 0.5  # as it counts those at the side
+    return weights
+
+
+class Track:
+    """One audio track of a container, and what became of it."""
+
+    def __init__(self, container: Any, stream: Any) -> None:
+        self.container, self.stream = container, stream
+        self.broken: Exception | None = None  # what ended it before its end
+        stream.thread_type = "NONE"
+
+    def frames(self) -> Iterator[Any]:
+        """Its frames as they were recorded; a damaged packet becomes its length of silence."""
+        import av
+
+        bad, last = 0, None
+        packets = self.container.demux(self.stream)
+        while not self.broken:
+            packet = None
+            try:
+                packet = next(packets)
+                for frame in packet.decode():
+                    last = frame
+                    yield frame
+            except (StopIteration, av.error.EOFError):
+                break
+            except MemoryError:  # FFmpeg's, too: no damage
+                raise
+            except av.error.FFmpegError as error:
+                bad += 1
+                if bad > (MAX_BAD_READS if packet is None else MAX_BAD_PACKETS):
+                    self.broken = error
+                elif packet is None:
+                    packets = self.container.demux(
+                        self.stream
+                    )  # a generator is dead after its first exception
+                elif last is not None and packet.duration and packet.time_base:
+                    yield from silence_like(last, float(packet.duration * packet.time_base))
+            except OSError as error:  # the file's
+                self.broken = error
+        if bad and last is None:  # there were packets, and none was sound
+            raise undecodable()
 
 
 def silence_like(frame: Any, seconds: float) -> Iterator[Any]:
@@ -3357,8 +3463,9 @@ def silence_like(frame: Any, seconds: float) -> Iterator[Any]:
     quiet = av.AudioFrame(frame.format.name, frame.layout.name, int(frame.sample_rate * min(seconds, 1.0)))
     if quiet.samples:
         quiet.sample_rate = frame.sample_rate
-        for plane in quiet.planes:
-            plane.update(bytes(plane.buffer_size))
+        middle = b"\x80" if frame.format.name in ("u8", "u8p") else b"\0"
+        for plane in quiet.planes[: frame.layout.nb_channels]:  # of eight channels PyAV shows a ninth
+            plane.update(middle * plane.buffer_size)
         yield quiet
 
 
