@@ -506,7 +506,7 @@ def test_verbose_json_tells_what_the_model_found(server: Served) -> None:
 def test_figures_of_segments_are_the_models_own(server: Served) -> None:
     """Near those of faster-whisper alone, whose windows are longer, and other ones for other sounds."""
     stock = WhisperModel(str(base_files()), device="cpu", compute_type="int8")
-    told = []
+    told: list[float] = []
     for clip in (ENGLISH, JAPANESE, SPANISH):
         fields = {"language": clip.language, "response_format": "verbose_json"}
         ours = server.post(sound=clip.bytes, **fields).json()["segments"][0]
@@ -792,6 +792,84 @@ def test_damage_in_eight_channels_is_survived() -> None:
     data = bytearray(encoded(samples_of(ENGLISH, COUNTING), "adts", "aac", 48000, "7.1"))
     data[len(data) // 3 : len(data) // 2] = random.Random(2).randbytes(len(data) // 2 - len(data) // 3)
     assert len(decoded(bytes(data))) > 3 * RATE
+
+
+def of_tracks(
+    muxer: str, *tracks: tuple[float, Any], default: int = 0, codec: str = "aac", video: float | None = None
+) -> bytes:
+    """Sounds at 16 kHz, each with the second at which it begins, as tracks of one file; perhaps a picture."""
+    file, packets = io.BytesIO(), []
+    with av.open(file, "w", format=muxer) as container:
+        if video is not None:
+            picture = container.add_stream("mpeg4", rate=10)
+            picture.width = picture.height = 16
+            for number in range(int(10 * max(begins + len(sound) / RATE for begins, sound in tracks))):
+                image = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), "rgb24")
+                image.pts, image.time_base = int(10 * video) + number, Fraction(1, 10)
+                packets += picture.encode(image)
+            packets += picture.encode(None)
+        for number, (begins, sound) in enumerate(tracks):
+            stream = container.add_stream(codec, rate=RATE, layout="mono")
+            stream.disposition = av.stream.Disposition.default if number == default else 0
+            resampler = av.AudioResampler(stream.format, "mono", RATE, frame_size=stream.frame_size or 1024)
+            whole = av.AudioFrame.from_ndarray(sound.reshape(1, -1).astype(np.float32), "flt", "mono")
+            whole.sample_rate = RATE
+            at = int(begins * RATE)
+            for frame in [*resampler.resample(whole), *resampler.resample(None)]:
+                frame.pts, frame.time_base = at, Fraction(1, RATE)
+                at += frame.samples
+                packets += stream.encode(frame)
+            packets += stream.encode(None)
+        for packet in sorted(packets, key=lambda one: one.dts * one.time_base):
+            container.mux(packet)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("muxer", ["mp4", "matroska", "mpegts"])
+def test_track_with_the_voice_is_heard_behind_a_silent_one(server: Served, muxer: str) -> None:
+    file = of_tracks(muxer, (0, rest(ENGLISH.seconds)), (0, samples_of(ENGLISH)), video=0)
+    assert heard_right(server, sound=file)
+
+
+def test_default_track_is_heard_where_it_has_sound() -> None:
+    fox, hello = samples_of(ENGLISH), samples_of(HELLO)
+    late = samples_of(40.0, ENGLISH)
+    dither = rest(45) + np.random.default_rng(1).choice([-1, 0, 1], 45 * RATE) / 2**15
+    for tracks, default, meant in (
+        ([hello, fox], 1, fox),
+        ([hello, fox], 0, hello),
+        ([rest(3), hello, fox], 2, fox),
+        ([rest(3), hello, fox], 0, hello),
+        ([hello, late], 1, late),  # silent for so long only
+        ([dither, fox, hello], 0, fox),
+        ([rest(3), rest(4)], 1, rest(4)),
+    ):
+        file = of_tracks("matroska", *[(0, one) for one in tracks], default=default, codec="flac")
+        heard = decoded(file)
+        assert len(heard) == len(meant) and (not meant.any() or likeness(heard, meant)[0] > 0.999)
+
+
+def test_file_that_says_it_is_long_is_heard_where_it_is_short(server: Served) -> None:
+    flac = bytearray(encoded(samples_of(ENGLISH), "flac", "flac", RATE))
+    flac[21:26] = bytes([flac[21] & 0xF0]) + (RATE * 3600 * 6).to_bytes(
+        4, "big"
+    )  # a recorder that was cut off
+    told: list[float] = []
+    assert sum(map(len, decode(io.BytesIO(flac), 14400, told.append))) > 2 * RATE and not told
+    assert heard_right(server, sound=bytes(flac))
+    mp3 = bytearray(encoded(samples_of(ENGLISH), "mp3", "libmp3lame", RATE))
+    at = mp3.index(b"Info") + 8
+    mp3[at : at + 4] = (5 * 3600 * RATE // 576).to_bytes(4, "big")  # the beginning of 5 hours
+    assert heard_right(server, sound=bytes(mp3))
+
+
+def test_file_that_is_long_is_refused_without_decoding_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def untouched(self: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(whisper_server.Track, "frames", untouched)
+    with pytest.raises(Refusal, match="longer"):
+        decoded(wav_of_shape(1000, 1, bytes(5 * 3600 * 1000), bits=8), 14400)
 
 
 def test_decoding_ignores_a_latin_1_tag(recordings: Callable[[str], bytes]) -> None:

@@ -3202,11 +3202,13 @@ DEMUXERS = (
     "mpeg,mpegts,oga,ogg,rm,tta,w64,wav,webm,wv"
 )
 GUESSED = ("aac", "ac3", "eac3")  # they declare no length; FFmpeg guesses it by the first frame's bit rate
+LEAST_BITS = 1000  # a second: a file that says it is so long that it has fewer does not know, or is cut off
 LOUDEST = 8.0  # eight equal channels make 4.4; what is more is no sound
 MAX_CHANNELS = 64  # FFmpeg's resampler takes no more; its decoders have up to 512
 MIX_SECONDS = 1  # how often it is decided how channels are mixed
 MOST_SAMPLES = 2**24  # in such a block, of all channels: 64 MB
 HISS = 1e-4  # of the loudest channel's power: one with less has no sound
+STILL = 2.0**-11  # of full scale, from peak to peak: what stays under it is dither, a muted microphone's say
 CALM_BLOCKS = 10  # without opposite phases, until a mix is trusted again
 CANCELLED = 0.1  # of the loudest channel's power, in the mix: less is left only of opposite phases
 MAX_RATE = 1_000_000  # DXD has 352,800; beyond, FFmpeg's resampler asks for gigabytes
@@ -3232,11 +3234,27 @@ VAD_FIRST_SECONDS = 45  # looked at together at first, so that the first words s
 VAD_BLOCK_SECONDS = 120  # and then; memory is flat however long the file is
 
 
-class Nameless:
-    """A binary file without a name, since a name alone makes FFmpeg choose a demuxer, HLS say."""
+class Part:
+    """Bytes of a file as a file, with a place of their own in it. It has no name, since a name alone makes
+    FFmpeg choose a demuxer, HLS say.
+    """
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+    def __init__(self, file: IO[bytes], begin: int = 0, end: int | None = None) -> None:
+        self.file, self.begin, self.at = file, begin, 0
+        self.size = (file.seek(0, os.SEEK_END) if end is None else end) - begin
+
+    def read(self, size: int) -> bytes:
+        self.file.seek(self.begin + self.at)
+        data = self.file.read(max(0, min(size, self.size - self.at)))
+        self.at += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
 
 
 def decode(
@@ -3254,16 +3272,16 @@ def decode(
     import av
 
     seconds = 0.0
-    file.seek(0)  # the parent wrote it through the same descriptor
+    part = Part(file)
     try:
-        with open_media(file) as container:
-            if not container.streams.audio:
-                raise Refusal(400, "The file has no audio track.", param="file")
-            if (container.duration or 0) / av.time_base > 1.1 * max_seconds:  # an estimate in some
-                raise too_long(max_seconds)
-            if (container.duration or 0) > 0 and container.format.name not in GUESSED:
-                declare(container.duration / av.time_base)
-            track = Track(container, container.streams.audio[0])
+        with open_media(part) as container:
+            declared = max(0, container.duration or 0) / av.time_base
+            if declared and 8 * part.size / declared >= LEAST_BITS:
+                if declared > 1.1 * max_seconds:  # an estimate in some
+                    raise too_long(max_seconds)
+                if container.format.name not in GUESSED:
+                    declare(declared)
+            track = Track(container, meant_track(container, part))
             for sound in mono(track.frames()):
                 seconds += len(sound) / RATE
                 if seconds > max_seconds:
@@ -3281,7 +3299,7 @@ def decode(
         log.warning("FFmpeg broke off: %s (%s); %.1f s of sound are kept", kind, error, seconds)
 
 
-def open_media(file: IO[bytes]) -> Any:
+def open_media(part: Part) -> Any:
     """FFmpeg's reader of a file. Raises av.error.FFmpegError, or Refusal 400 if PyAV finds it absurd."""
     import av
 
@@ -3289,10 +3307,48 @@ def open_media(file: IO[bytes]) -> Any:
     if int(av.__version__.split(".")[0]) < 19:  # where a Latin-1 tag raises by default
         options["metadata_errors"] = "replace"
     try:
-        return av.open(Nameless(file), **options)
+        part.seek(0)
+        return av.open(part, **options)
     except ValueError as error:
         log.debug("cannot open: %s", error)
         raise undecodable() from None
+
+
+def meant_track(container: Any, part: Part) -> Any:
+    """The audio track that is heard: of those with sound the default one, else the first.
+
+    One that is silent may have sound later; until it has, or the file ends, only better ones are decoded.
+    """
+    import av
+
+    order = sorted(container.streams.audio, key=lambda one: not int(getattr(one, "disposition", 0)) & 1)
+    if not order:
+        raise Refusal(400, "The file has no audio track.", param="file")
+    found, better = order[0].index, [stream.index for stream in order]
+    if len(order) > 1:
+        again = Part(part.file, part.begin, part.begin + part.size)  # with a place of its own
+        with open_media(again) as probed, contextlib.suppress(av.error.FFmpegError):
+            for packet in probed.demux(probed.streams.audio):
+                with contextlib.suppress(av.error.FFmpegError):
+                    if packet.stream.index in better and any(map(has_sound, packet.decode())):
+                        found = packet.stream.index
+                        better = better[: better.index(found)]
+                        if not better:
+                            break
+    return container.streams[found]
+
+
+def has_sound(frame: Any) -> bool:
+    """Whether a frame holds more than dither."""
+    import numpy as np
+
+    planar, channels = frame.format.is_planar, frame.layout.nb_channels
+    kinds = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}
+    kind = np.dtype(kinds[frame.format.packed.name])
+    full = 1.0 if kind.kind == "f" else 2.0 ** (8 * kind.itemsize - 1)
+    count = frame.samples * (1 if planar else channels)  # `to_ndarray` fails from eight planes on
+    planes = [np.frombuffer(one, kind, count) for one in frame.planes[: channels if planar else 1]]
+    return any(float(one.max()) - float(one.min()) > STILL * full for one in planes if count)
 
 
 def too_long(max_seconds: float) -> Refusal:
