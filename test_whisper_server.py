@@ -872,6 +872,64 @@ def test_file_that_is_long_is_refused_without_decoding_it(monkeypatch: pytest.Mo
         decoded(wav_of_shape(1000, 1, bytes(5 * 3600 * 1000), bits=8), 14400)
 
 
+@pytest.mark.parametrize("muxer, codec", [("mp4", "aac"), ("matroska", "aac"), ("mpegts", "mp2")])
+def test_sound_that_begins_after_the_picture_has_its_times(server: Served, muxer: str, codec: str) -> None:
+    clock = 100.0 if muxer == "mpegts" else 0.0  # which begins anywhere there
+    file = of_tracks(muxer, (clock + 5, samples_of(ENGLISH)), video=clock, codec=codec)
+    answer = server.post(sound=file, response_format="verbose_json", language="en").json()
+    assert fox(answer["text"]) and abs(answer["segments"][0]["start"] - 5) < 0.5
+    assert abs(answer["duration"] - 5 - ENGLISH.seconds) < 0.2
+
+
+def test_gap_in_a_live_recording_is_silence(server: Served) -> None:
+    pieces = [
+        of_tracks("mpegts", (at, samples_of(one)), codec="mp2") for at, one in ((3, ENGLISH), (33, HELLO))
+    ]
+    heard = decoded(b"".join(pieces))
+    assert abs(len(heard) / RATE - 30 - HELLO.seconds) < 0.3
+    assert likeness(heard[-len(HELLO.samples) - RATE :], samples_of(HELLO))[0] > 0.9
+    segments = server.post(sound=b"".join(pieces), response_format="verbose_json", language="en").json()[
+        "segments"
+    ]
+    assert abs(segments[-1]["start"] - 30) < 0.5
+
+
+def timed(*stamps: float | None) -> Iterator[Any]:
+    """Frames of a tenth of a second, with the time stamps that they have in a file."""
+    for stamp in stamps:
+        frame = av.AudioFrame.from_ndarray(np.ones((1, 1600), np.float32), "flt", "mono")
+        frame.sample_rate, frame.time_base = RATE, Fraction(1, 1000)
+        frame.pts = None if stamp is None else int(stamp * 1000)
+        yield frame
+
+
+def test_clock_of_a_broken_file_is_no_silence() -> None:
+    steady = [n / 10 for n in range(100)]
+    for name, stamps, silence in (
+        ("as it should be", steady, 0),
+        ("without", [None] * 100, 0),
+        ("a gap", steady + [at + 30 for at in steady[10:]], 21),
+        ("a late beginning", [at + 5 for at in steady], 5),
+        ("one wrong stamp", [*steady[:50], 500.0, *steady[51:]], 0),
+        ("one of zero", [*steady[:50], 0.0, *steady[51:]], 0),
+        ("the last wrong", [*steady[:-1], 500.0], 0),
+        ("each far off", [at * 50 for at in steady], 0),
+        ("each off", [at * 9 for at in steady], 0.8),
+        ("the same again and again", [0.0] * 100, 0),
+        ("twice as fast", [at * 2 for at in steady], 0.3),
+        ("a new clock", steady + steady, 0),
+        ("a new clock and a gap", steady + steady + [at + 15 for at in steady], 5),
+        ("longer than allowed", steady + [at + 7200 for at in steady], 0),
+        ("jitter", [at + 0.4 * (n // 5 % 2) for n, at in enumerate(steady)], 0.4),
+        ("silence left out", steady + [10 + at * 9 for at in steady[:20]], 19 * 0.8),
+        ("a tenth of it lost", [n / 10 for n in range(100) if n % 10], 0.9),
+    ):
+        frames = list(whisper_server.on_time(timed(*stamps), 0.0, 3600))
+        silent = sum(frame.samples / RATE for frame in frames if not frame.to_ndarray().any())
+        assert silent == pytest.approx(silence, abs=0.02), name
+        assert len([frame for frame in frames if frame.to_ndarray().all()]) == len(stamps), name
+
+
 def test_decoding_ignores_a_latin_1_tag(recordings: Callable[[str], bytes]) -> None:
     plain = wav_of(samples_of(ENGLISH))
     tag = b"LIST" + (16).to_bytes(4, "little") + b"INFOIART" + (4).to_bytes(4, "little") + b"Caf\xe9"

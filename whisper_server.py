@@ -3208,6 +3208,8 @@ MAX_CHANNELS = 64  # FFmpeg's resampler takes no more; its decoders have up to 5
 MIX_SECONDS = 1  # how often it is decided how channels are mixed
 MOST_SAMPLES = 2**24  # in such a block, of all channels: 64 MB
 HISS = 1e-4  # of the loudest channel's power: one with less has no sound
+GAP_SECONDS = 0.25  # a smaller one in a file's clock is jitter
+SPARSE_SECONDS = 2.0  # Opus and AMR may send a packet so seldom while nobody speaks
 STILL = 2.0**-11  # of full scale, from peak to peak: what stays under it is dither, a muted microphone's say
 CALM_BLOCKS = 10  # without opposite phases, until a mix is trusted again
 CANCELLED = 0.1  # of the loudest channel's power, in the mix: less is left only of opposite phases
@@ -3282,7 +3284,8 @@ def decode(
                 if container.format.name not in GUESSED:
                     declare(declared)
             track = Track(container, meant_track(container, part))
-            for sound in mono(track.frames()):
+            begins = None if container.start_time is None else container.start_time / av.time_base
+            for sound in mono(on_time(track.frames(), begins, max_seconds)):
                 seconds += len(sound) / RATE
                 if seconds > max_seconds:
                     raise too_long(max_seconds)
@@ -3380,7 +3383,9 @@ def mono(frames: Iterable[Any]) -> Iterator[Samples]:
         resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
         for frame in itertools.chain(alike, [None]):
             if frame is not None:
-                frame.pts = None  # a jump in the clock would make the resampler invent or drop sound
+                frame.pts = (
+                    None  # a jump in the clock, seen by `on_time`, would make FFmpeg invent or drop sound
+                )
                 frame = in_one_channel(frame) if wide else frame
             for block in together.resample(frame):
                 channels = block.to_ndarray()
@@ -3510,6 +3515,35 @@ class Track:
                 self.broken = error
         if bad and last is None:  # there were packets, and none was sound
             raise undecodable()
+
+
+def on_time(frames: Iterable[Any], begins: float | None, most: float) -> Iterator[Any]:
+    """Frames, and silence where the file's clock, which begins at `begins`, says that there was no sound.
+
+    The clock of a broken file jumps to and fro. So a long jump counts if the next frame goes on from it; any
+    only forward, after four frames without one, and as long as all is not longer than `most` seconds. One
+    far back begins a new clock; what a short one goes back is taken from the next one forward.
+    """
+    due, ahead, total = begins, 0.0, 0.0  # on the clock; sound beyond that; sound so far: all in seconds
+    gaps, steady, last = 0, 0, 0.0  # frames after silence, right after another; where that ended
+    for frame, after in itertools.pairwise(itertools.chain(frames, [None])):
+        stamp, lasts = frame.time, frame.samples / max(1, frame.sample_rate)
+        if stamp is not None:
+            due = stamp if due is None else due
+            steady, last = steady + (abs(stamp - last) < lasts / 4), stamp + lasts
+            jump = stamp - due
+            short = abs(jump) < SPARSE_SECONDS
+            goes_on = after and (after.time is None or abs(after.time - last) < GAP_SECONDS)
+            if abs(jump) > GAP_SECONDS and (short or goes_on):
+                due, silence = stamp, jump - ahead
+                ahead = max(0.0, -silence) if short or jump > 0 else 0.0
+                if silence > GAP_SECONDS and total + silence <= most and gaps <= steady / 4:
+                    total, gaps = total + silence, gaps + 1
+                    for second in range(math.ceil(silence)):
+                        yield from silence_like(frame, silence - second)
+        total += lasts
+        due = None if due is None else due + lasts
+        yield frame
 
 
 def silence_like(frame: Any, seconds: float) -> Iterator[Any]:
