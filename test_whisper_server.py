@@ -864,10 +864,10 @@ def test_file_that_says_it_is_long_is_heard_where_it_is_short(server: Served) ->
 
 
 def test_file_that_is_long_is_refused_without_decoding_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def untouched(self: Any) -> Any:
+    def untouched(*_: Any) -> Any:
         raise AssertionError
 
-    monkeypatch.setattr(whisper_server.Track, "frames", untouched)
+    monkeypatch.setattr(whisper_server, "raw_frames", untouched)
     with pytest.raises(Refusal, match="longer"):
         decoded(wav_of_shape(1000, 1, bytes(5 * 3600 * 1000), bits=8), 14400)
 
@@ -928,6 +928,88 @@ def test_clock_of_a_broken_file_is_no_silence() -> None:
         silent = sum(frame.samples / RATE for frame in frames if not frame.to_ndarray().any())
         assert silent == pytest.approx(silence, abs=0.02), name
         assert len([frame for frame in frames if frame.to_ndarray().all()]) == len(stamps), name
+
+
+def test_links_of_a_chained_ogg_are_all_heard(server: Served) -> None:
+    links = [("flac", RATE), ("libopus", 48000, "stereo"), ("vorbis", 44100, "stereo"), ("flac", 44100)]
+    clips = (ENGLISH, HELLO, ENGLISH, HELLO)
+    file = [encoded(samples_of(one, 1.0), "ogg", *link) for one, link in zip(clips, links, strict=True)]
+    warned: list[Any] = []
+    heard = np.concatenate(list(decode(io.BytesIO(b"".join(file)), 60, warn=lambda *one: warned.append(one))))
+    assert abs(len(heard) / RATE - 4 - sum(one.seconds for one in clips)) < 0.1 and not warned
+    at = 0
+    for clip in clips:
+        assert likeness(heard[at : at + len(clip.samples) + RATE], samples_of(clip, 1.0))[0] > 0.9
+        at += len(clip.samples) + RATE
+    assert (
+        abs(len(decoded(file[0] + noise_of(9000) + file[1])) / RATE - 2 - ENGLISH.seconds - HELLO.seconds)
+        < 0.1
+    )
+    assert len(re.findall("quick brown fox", bare(server.post(sound=b"".join(file)).json()["text"]))) == 2
+    with pytest.raises(Refusal, match="longer"):
+        decoded(b"".join(file), ENGLISH.seconds + 1.5)
+
+
+def noise_of(size: int) -> bytes:
+    return random.Random(4).randbytes(size)
+
+
+def unheard_of(data: bytes) -> list[tuple[int, float]]:
+    """What the decoder says of bytes that it did not understand."""
+    told: list[tuple[int, float]] = []
+    assert list(decode(io.BytesIO(data), 3600, warn=lambda *one: told.append(one)))
+    return told
+
+
+@pytest.mark.parametrize("name", ["wav", "m4a", "mov", "aiff"])
+def test_half_of_a_file_is_no_whole_answer(recordings: Callable[[str], bytes], name: str) -> None:
+    ((lost, seconds),) = unheard_of(recordings(name) * 2)
+    assert lost > 0.8 * len(recordings(name)) and abs(seconds - ENGLISH.seconds) < 0.2
+
+
+def test_bytes_not_understood_are_told_in_a_header_a_comment_and_the_log(server: Served) -> None:
+    file = wav_of(samples_of(ENGLISH)) + wav_of(samples_of(COUNTING))
+    answer = server.post(sound=file)
+    assert fox(answer.json()["text"])
+    lost, seconds = answer.headers["x-whisper-warning"].split(", ")
+    assert int(lost) == len(wav_of(samples_of(COUNTING))) and abs(float(seconds) - ENGLISH.seconds) < 0.1
+    assert (
+        f"WARNING request {job_of(server)}: {lost} bytes were not understood, after {seconds} s"
+        in server.log()
+    )
+    streamed = server.post(OPENAI, sound=file, stream="true", model="whisper-1").text
+    assert f"\r\n\r\n: x-whisper-warning: {lost}, {seconds}\r\n\r\ndata: " in streamed
+    whole = server.post()
+    assert "x-whisper-warning" not in whole.headers
+
+
+def job_of(served: Served) -> str:
+    return re.findall(r"request (\d+): [\d.]+ s of sound", served.log())[-1]
+
+
+@pytest.mark.parametrize("name", [*CONTAINERS, *SHAPES])
+def test_of_a_whole_file_all_is_understood(recordings: Callable[[str], bytes], name: str) -> None:
+    assert unheard_of(recordings(name)) == []
+
+
+def test_damage_in_a_file_is_told() -> None:
+    data = bytearray(encoded(samples_of(*[ENGLISH] * 5), "mp3", "libmp3lame", RATE))
+    data[len(data) // 2 : len(data) * 3 // 5] = noise_of(len(data) * 3 // 5 - len(data) // 2)
+    ((lost, seconds),) = unheard_of(bytes(data))
+    assert 100 < lost < len(data) / 5 and abs(seconds - 2.5 * ENGLISH.seconds) < 2
+    ((lost, _),) = unheard_of(encoded(samples_of(ENGLISH), "wav", "pcm_s16le", RATE) + bytes(50_000))
+    assert 49_000 < lost < 51_000  # a recorder had reserved them
+
+
+@pytest.mark.parametrize("name", ["wav", "m4a", "aiff", "flac", "webm", "mp3", "aac", "wma"])
+def test_tag_before_a_file_that_has_none_is_passed_over(
+    recordings: Callable[[str], bytes], name: str
+) -> None:
+    plain = recordings(name)
+    tag = b"ID3\4\0\x10\0\0\x10\0" + bytes(2048) + b"3DI\4\0\x10\0\0\x10\0"  # with a footer
+    for tags in (tag, tag + b"ID3\3\0\0\0\0\1\0" + bytes(128)):
+        assert np.array_equal(decoded(tags + plain), decoded(plain)), name
+    assert unheard_of(tag + plain) == []
 
 
 def test_decoding_ignores_a_latin_1_tag(recordings: Callable[[str], bytes]) -> None:
@@ -1642,7 +1724,7 @@ def test_seconds_of_a_file_are_no_sum_of_roundings(seconds: int) -> None:
     """5 s were 5.0000000000000036, of which 6 were charged."""
     for rate in (8000, 16_000, 44_100, 48_000):
         heard = Recording(1, Options(), io.BytesIO(encoded(rest(seconds), "wav", "pcm_s16le", rate)))
-        collections.deque(heard.sound.counted(heard.file, 200), 0)
+        collections.deque(heard.sound.counted(heard, 200), 0)
         assert heard.sound.seconds == seconds
 
 
@@ -5191,7 +5273,7 @@ def test_length_that_a_file_does_not_declare_is_not_made_up(recordings: Callable
         work = Recording(1, Options(), io.BytesIO(recordings(name)))
         heard = work.sound
         assert heard.known() == (0, False)
-        told = [heard.known() for _ in heard.counted(work.file, 60)]
+        told = [heard.known() for _ in heard.counted(work, 60)]
         assert heard.known() == (heard.seconds, True)
         for seconds, whole in told:
             assert whole == (name != "aac")  # FFmpeg would guess 3.1 s there

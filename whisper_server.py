@@ -1483,6 +1483,7 @@ class Asked(Exchange):
     route: str = "other"  # its name in the metrics
     job: Job | None = None
     timings: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds, by what they went into
+    warning: str = ""  # as in Recording
 
 
 class Handler(Connection):
@@ -1705,7 +1706,7 @@ class Handler(Connection):
             if kind == "failed":
                 raise rest[0]
             if kind == "done":
-                self.exchange.timings = rest[2]
+                self.exchange.timings, self.exchange.warning = rest[2:]
             yield (kind, *rest)
             if kind == "done":
                 return
@@ -1739,6 +1740,8 @@ class Handler(Connection):
                         if delta := deltas.add(segment.text):
                             self.send_stream(event({"type": "transcript.text.delta", "delta": delta}))
                 elif kind == "done":
+                    if self.exchange.warning:
+                        self.send_stream(f": x-whisper-warning: {self.exchange.warning}\r\n\r\n".encode())
                     transcript = Transcript(job.options.task, rest[0], rest[1], [])
                     done = {"type": "transcript.text.done", "text": deltas.sent, "usage": usage(transcript)}
                     self.send_stream(event(done))
@@ -1843,10 +1846,12 @@ class Handler(Connection):
         spent = {name: seconds * 1000 for name, seconds in asked.timings.items()}
         spent = {"queue": max(0.0, total - sum(spent.values())), **spent} if spent else {"total": total}
         yield "Server-Timing", ", ".join(f"{name};dur={ms:.1f}" for name, ms in spent.items())
+        if asked.warning:
+            yield "x-whisper-warning", asked.warning
         origin = self.headers.get("Origin")
         if origin in self.server.settings.allowed_origins:
             yield "Access-Control-Allow-Origin", str(origin)
-            shown = "x-request-id, retry-after, retry-after-ms, x-should-retry"
+            shown = "x-request-id, retry-after, retry-after-ms, x-should-retry, x-whisper-warning"
             yield "Access-Control-Expose-Headers", shown
             yield "Vary", "Origin"
 
@@ -2422,7 +2427,7 @@ def no_connection_free() -> bytes:
 #                                                   sound done and known so far; whether that is the whole
 #                                                   file; windows in each generate, of any file, since
 #                                                   the last such message
-#                     ("done", id, language, duration, {"decode": seconds, "inference": seconds})
+#                     ("done", id, language, duration, {"decode": seconds, "inference": seconds}, warning)
 #                     ("failed", id, Refusal)
 #                     ("busy", Step, seconds)       a step that may take so long begins; 0: it has ended
 #
@@ -2830,9 +2835,10 @@ class Sound:
     complete: bool = False
     decode_seconds: float = 0.0  # spent in FFmpeg and the VAD
 
-    def counted(self, file: IO[bytes], max_seconds: float) -> Iterator[Samples]:
+    def counted(self, recording: Recording, max_seconds: float) -> Iterator[Samples]:
         """The sound of a file, in blocks."""
-        for block in decode(file, max_seconds, functools.partial(setattr, self, "declared")):
+        declare = functools.partial(setattr, self, "declared")
+        for block in decode(recording.file, max_seconds, declare, recording.warn):
             self.samples += len(block)
             yield block
         self.complete = True
@@ -2863,12 +2869,18 @@ class Recording:
     language: Future[str] = dataclasses.field(default_factory=Future)  # given, or found in the first windows
     share: Share = dataclasses.field(default_factory=Share)  # of the model; the owner writes it
     sound: Sound = dataclasses.field(default_factory=Sound)
+    warning: str = ""  # bytes of the file that were not understood, after how many seconds
     begins: int = -1  # where its first window does, in samples; set before that begins
     behind: set[str] = dataclasses.field(default_factory=set)  # calls that its first window has to make first
     voters: int = 1  # windows that find the language; set before they begin
     votes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     voted: int = 0
     voting: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def warn(self, lost: int, seconds: float) -> None:
+        """Some of the file is missing in its sound."""
+        self.warning = f"{lost}, {seconds:.1f}"
+        log.warning("request %d: %d bytes were not understood, after %.1f s", self.id, lost, seconds)
 
     def vote(self, found: list[tuple[str, float]], seconds: float) -> list[tuple[str, float]]:
         """What a window with so many seconds of speech tells of the language, [(token, probability)] -> what
@@ -3106,14 +3118,14 @@ class Child:
                 delivery.engine.owner.leave(recording)
         spoken = recording.language.result() if recording.language.done() else "en"
         took = {"decode": sound.decode_seconds, "inference": recording.share.inference}
-        self.send("done", recording.id, spoken, sound.seconds, took)
+        self.send("done", recording.id, spoken, sound.seconds, took, recording.warning)
 
     def pieces(self, recording: Recording) -> Iterator[list[Window]]:
         """The windows of each piece of a file, the making of which is a step that the parent times: nothing
         but the end of this process can break it off. Raises Cancelled between two.
         """
         sound, step = recording.sound, Step("decode", recording.id)
-        made = cut_windows(sound.counted(recording.file, self.settings.max_audio_seconds), self.settings.vad)
+        made = cut_windows(sound.counted(recording, self.settings.max_audio_seconds), self.settings.vad)
         turn, others = self.turns
         while not sound.complete:
             with turn:
@@ -3237,13 +3249,16 @@ VAD_BLOCK_SECONDS = 120  # and then; memory is flat however long the file is
 
 
 class Part:
-    """Bytes of a file as a file, with a place of their own in it. It has no name, since a name alone makes
-    FFmpeg choose a demuxer, HLS say.
+    """Bytes of a file as a file, with a place of their own in it, and what became of them. It has no name,
+    since a name alone makes FFmpeg choose a demuxer, HLS say.
     """
 
-    def __init__(self, file: IO[bytes], begin: int = 0, end: int | None = None) -> None:
-        self.file, self.begin, self.at = file, begin, 0
-        self.size = (file.seek(0, os.SEEK_END) if end is None else end) - begin
+    def __init__(self, file: IO[bytes], begin: int, end: int, whole: bool = True) -> None:
+        self.file, self.begin, self.at, self.size = file, begin, 0, end - begin
+        self.whole = whole  # whether it is all of the file but for a tag
+        self.end, self.lost, self.pictures = 0, 0, 0  # bytes: up to the last packet, damaged, of album covers
+        self.packets, self.page = 0, 4096  # of all tracks; bytes that the last packet has a place within
+        self.broken: Exception | None = None  # what ended the reading before its end
 
     def read(self, size: int) -> bytes:
         self.file.seek(self.begin + self.at)
@@ -3258,48 +3273,122 @@ class Part:
     def tell(self) -> int:
         return self.at
 
+    def note(self, packet: Any) -> None:
+        """A packet of any track has been read."""
+        self.packets += 1
+        if packet.pos is not None:
+            self.end = max(self.end, packet.pos + packet.size)
+        elif packet.stream.type == "video":
+            self.pictures += packet.size
+
+    def missing(self) -> int:
+        """Bytes not understood. After the last packet's place there may be an index and a few tags."""
+        rest = self.size - self.end - self.pictures
+        index = self.page + 24 * self.packets  # AVI's has 16 bytes for each
+        return self.lost + (rest if self.broken or (self.end and rest > index) else 0)
+
 
 def decode(
-    file: IO[bytes], max_seconds: float, declare: Callable[[float], None] = lambda seconds: None
+    file: IO[bytes],
+    max_seconds: float,
+    declare: Callable[[float], None] = lambda seconds: None,
+    warn: Callable[[int, float], None] = lambda lost, seconds: None,
 ) -> Iterator[Samples]:
     """Blocks of sound from a media file: float32 (samples,) at 16 kHz, mono, -1 to 1 as a rule.
 
     Channels that say the same come out louder, up to LOUDEST: FFmpeg does not scale a mix of floats, and
     a centre channel alone keeps its strength so. The model measures by the loudest.
 
-    First `declare` hears how many seconds the file says it has, if it says so. Goes packet by packet: a
-    damaged stretch costs only itself. (faster-whisper's `decode_audio` drops all that follows it.)
+    First `declare` hears how many seconds the file says it has, if it says so; at last `warn`, how many bytes
+    were not understood, after how many seconds, if there were any. Goes packet by packet: a damaged stretch
+    costs only itself. (faster-whisper's `decode_audio` drops all that follows it.)
     Raises Refusal 400 for bytes without decodable sound, 413 for more than `max_seconds` of it.
     """
     import av
 
-    seconds = 0.0
-    part = Part(file)
-    try:
-        with open_media(part) as container:
-            declared = max(0, container.duration or 0) / av.time_base
-            if declared and 8 * part.size / declared >= LEAST_BITS:
-                if declared > 1.1 * max_seconds:  # an estimate in some
-                    raise too_long(max_seconds)
-                if container.format.name not in GUESSED:
-                    declare(declared)
-            track = Track(container, meant_track(container, part))
-            begins = None if container.start_time is None else container.start_time / av.time_base
-            for sound in mono(on_time(track.frames(), begins, max_seconds)):
+    seconds, lost, since = 0.0, 0, math.inf
+    for part in links(file):
+        try:
+            for sound in sound_of(part, max_seconds, declare):
                 seconds += len(sound) / RATE
                 if seconds > max_seconds:
                     raise too_long(max_seconds)
+                since = min(since, seconds) if part.lost else since
                 yield sound
-            if track.broken:
-                raise track.broken
-    except (av.error.FFmpegError, OSError) as error:
-        if isinstance(error, MemoryError):
-            bytearray(2**26)  # raises again if memory has run out; else the file asked for an absurd amount
-        if not seconds:
-            log.debug("cannot decode: %s", error)
-            raise undecodable() from None
-        kind = type(error).__name__
-        log.warning("FFmpeg broke off: %s (%s); %.1f s of sound are kept", kind, error, seconds)
+        except Refusal as refusal:
+            if part.whole or refusal.status == 413:
+                raise
+            part.broken = refusal
+        except (av.error.FFmpegError, OSError) as error:
+            part.broken = error
+            if isinstance(error, MemoryError):
+                bytearray(
+                    2**26
+                )  # raises again if memory has run out; else the file asked for an absurd amount
+        if part.broken:
+            level, kind = logging.WARNING if seconds else logging.DEBUG, type(part.broken).__name__
+            log.log(level, "FFmpeg broke off: %s (%s); %.1f s of sound are kept", kind, part.broken, seconds)
+        if missing := part.missing():
+            lost, since = lost + missing, min(since, seconds)
+    if lost and not seconds:
+        raise undecodable()
+    if lost:
+        warn(lost, since)
+
+
+def sound_of(part: Part, max_seconds: float, declare: Callable[[float], None]) -> Iterator[Samples]:
+    """The sound of what FFmpeg reads as one."""
+    import av
+
+    with open_media(part) as container:
+        declared = max(0, container.duration or 0) / av.time_base
+        if declared and 8 * part.size / declared >= LEAST_BITS:
+            if declared > 1.1 * max_seconds:  # an estimate in some
+                raise too_long(max_seconds)
+            if part.whole and container.format.name not in GUESSED:
+                declare(declared)
+        part.page = 65_307 if container.format.name == "ogg" else part.page  # a whole page
+        begins = None if container.start_time is None else container.start_time / av.time_base
+        frames = raw_frames(container, meant_track(container, part), part)
+        yield from mono(on_time(frames, begins, max_seconds))
+
+
+def links(file: IO[bytes]) -> Iterator[Part]:
+    """What FFmpeg has to open one by one: the links of a chained Ogg file, each with its own rate or codec;
+    of any other file all, without an ID3 tag that hides from FFmpeg what it is.
+    """
+    begin, head = 0, b"ID3"
+    while head[:3] == b"ID3":
+        file.seek(begin)
+        head = file.read(10)
+        if head[:3] == b"ID3" and len(head) == 10:
+            length = functools.reduce(lambda total, byte: total << 7 | byte & 127, head[6:], 0)
+            begin += length + (20 if head[5] & 16 else 10)  # with a footer or without
+    if head[:1] in (b"", b"\xff", b"\0") and head[4:8] != b"ftyp":  # MP3, AAC: FFmpeg makes use of the tag
+        begin = 0
+    size = file.seek(0, os.SEEK_END)
+    more = (at for at in first_pages(file, begin) if at > begin) if head[:4] == b"OggS" else ()
+    for start, end in itertools.pairwise(itertools.chain([begin], more, [size])):
+        yield Part(file, start, end, start == begin and end == size)
+
+
+def first_pages(file: IO[bytes], at: int) -> Iterator[int]:
+    """Where the links of a chained Ogg file begin: at first pages of streams, but one after another."""
+    sign, after = b"OggS\0\2" + bytes(8), -1
+    while True:
+        file.seek(at)
+        data = file.read(2**16)
+        found = data.find(sign)
+        if found < 0 and len(data) < 2**16:
+            return
+        at += found if found >= 0 else len(data) - len(sign) + 1
+        if found >= 0:
+            if at != after:
+                yield at
+            file.seek(at + 26)
+            sizes = file.read(1)
+            sizes = file.read(sum(sizes))
+            at = after = at + 27 + len(sizes) + sum(sizes)
 
 
 def open_media(part: Part) -> Any:
@@ -3476,45 +3565,38 @@ def speaker_weights(layout: Any) -> Samples | None:
     return weights
 
 
-class Track:
-    """One audio track of a container, and what became of it."""
+def raw_frames(container: Any, stream: Any, part: Part) -> Iterator[Any]:
+    """The frames of a stream as they were recorded; a damaged packet becomes its length of silence."""
+    import av
 
-    def __init__(self, container: Any, stream: Any) -> None:
-        self.container, self.stream = container, stream
-        self.broken: Exception | None = None  # what ended it before its end
-        stream.thread_type = "NONE"
-
-    def frames(self) -> Iterator[Any]:
-        """Its frames as they were recorded; a damaged packet becomes its length of silence."""
-        import av
-
-        bad, last = 0, None
-        packets = self.container.demux(self.stream)
-        while not self.broken:
-            packet = None
-            try:
-                packet = next(packets)
-                for frame in packet.decode():
-                    last = frame
-                    yield frame
-            except (StopIteration, av.error.EOFError):
-                break
-            except MemoryError:  # FFmpeg's, too: no damage
-                raise
-            except av.error.FFmpegError as error:
-                bad += 1
-                if bad > (MAX_BAD_READS if packet is None else MAX_BAD_PACKETS):
-                    self.broken = error
-                elif packet is None:
-                    packets = self.container.demux(
-                        self.stream
-                    )  # a generator is dead after its first exception
-                elif last is not None and packet.duration and packet.time_base:
-                    yield from silence_like(last, float(packet.duration * packet.time_base))
-            except OSError as error:  # the file's
-                self.broken = error
-        if bad and last is None:  # there were packets, and none was sound
-            raise undecodable()
+    bad, last = 0, None
+    packets = container.demux()
+    stream.thread_type = "NONE"
+    while not part.broken:
+        packet = None
+        try:
+            packet = next(packets)
+            part.note(packet)
+            for frame in packet.decode() if packet.stream.index == stream.index else ():
+                last = frame
+                yield frame
+        except (StopIteration, av.error.EOFError):
+            break
+        except MemoryError:  # FFmpeg's, too: no damage
+            raise
+        except av.error.FFmpegError as error:
+            bad += 1
+            part.lost += packet.size if packet else 0
+            if bad > (MAX_BAD_READS if packet is None else MAX_BAD_PACKETS):
+                part.broken = error
+            elif packet is None:
+                packets = container.demux()  # a generator is dead after its first exception
+            elif last is not None and packet.duration and packet.time_base:
+                yield from silence_like(last, float(packet.duration * packet.time_base))
+        except OSError as error:  # the file's
+            part.broken = error
+    if bad and last is None:  # there were packets, and none was sound
+        raise undecodable()
 
 
 def on_time(frames: Iterable[Any], begins: float | None, most: float) -> Iterator[Any]:
