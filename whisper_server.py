@@ -3207,11 +3207,14 @@ class Delivery:
 # ------------------------------------------------------------------------------------------------
 
 RATE = 16_000  # samples a second, as Whisper hears
-# Demuxers that read one file and nothing else. Playlists (concat, hls, dash, sdp) would open other
-# files and the network on behalf of whoever sent them (engine.md §5).
+# Demuxers that read one file and nothing else, and know it by a head or by frames in a row. Playlists
+# (concat, hls, dash, sdp) would open other files and the network on behalf of whoever sent them (engine.md
+# §5); amrnb and amrwb, which know nothing for sure, hear sound in a web page.
 DEMUXERS = (
-    "aac,ac3,aiff,amr,amrnb,amrwb,asf,au,avi,caf,eac3,flac,flv,matroska,mov,mp3,mp4,m4a,3gp,3g2,mj2,"
-    "mpeg,mpegts,oga,ogg,rm,tta,w64,wav,webm,wv"
+    "aac,ac3,aiff,amr,asf,au,avi,caf,eac3,flac,flv,matroska,mov,mp3,mp4,m4a,3gp,3g2,mj2,mpeg,mpegts,oga,ogg,rm,"
+    "tta,w64,wav,webm,wv,"
+    "gxf,mxf,"  # broadcast
+    "ape,dss,ilbc,ircam,mpc,mpc8,nistsphere,qcp,sox,tak,voc"  # telephony, dictation, speech corpora, archives
 )
 GUESSED = ("aac", "ac3", "eac3")  # they declare no length; FFmpeg guesses it by the first frame's bit rate
 LEAST_BITS = 1000  # a second: a file that says it is so long that it has fewer does not know, or is cut off
@@ -3419,7 +3422,7 @@ def meant_track(container: Any, part: Part) -> Any:
     found, better = order[0].index, [stream.index for stream in order]
     if len(order) > 1:
         again = Part(part.file, part.begin, part.begin + part.size)  # with a place of its own
-        with open_media(again) as probed, contextlib.suppress(av.error.FFmpegError):
+        with open_media(again) as probed, contextlib.suppress(av.error.FFmpegError, IndexError):
             for packet in probed.demux(probed.streams.audio):
                 with contextlib.suppress(av.error.FFmpegError):
                     if packet.stream.index in better and any(map(has_sound, packet.decode())):
@@ -3427,7 +3430,7 @@ def meant_track(container: Any, part: Part) -> Any:
                         better = better[: better.index(found)]
                         if not better:
                             break
-    return container.streams[found]
+    return next(stream for stream in order if stream.index == found)
 
 
 def has_sound(frame: Any) -> bool:
@@ -3580,7 +3583,7 @@ def raw_frames(container: Any, stream: Any, part: Part) -> Iterator[Any]:
             for frame in packet.decode() if packet.stream.index == stream.index else ():
                 last = frame
                 yield frame
-        except (StopIteration, av.error.EOFError):
+        except (StopIteration, av.error.EOFError, IndexError):  # the last: PyAV's, of a stream that came late
             break
         except MemoryError:  # FFmpeg's, too: no damage
             raise
