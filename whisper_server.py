@@ -3076,6 +3076,8 @@ class Child:
         except Cancelled:
             log.info("request %d: dropped, its client has left", recording.id)
         except Refusal as refusal:
+            if self.settings.strict and refusal.message.startswith(NO_SOUND):
+                refusal.message = NO_SOUND
             self.send("failed", recording.id, refusal)
         except Exception as error:
             log.exception("request %d failed", recording.id)
@@ -3216,6 +3218,18 @@ DEMUXERS = (
     "gxf,mxf,"  # broadcast
     "ape,dss,ilbc,ircam,mpc,mpc8,nistsphere,qcp,sox,tak,voc"  # telephony, dictation, speech corpora, archives
 )
+NO_SOUND = "The audio file could not be decoded or its format is not supported."  # recorded (contract §3.4)
+DICTATION = "a dictation machine's (DSS, DS2), whose own software makes a WAV file of it"
+# What is sent instead of sound, by its first bytes; FFmpeg is not asked, which might hear silence in it.
+OTHERS = {
+    "a web page": rb"(?is)\s*(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body|\?xml.{,500}<html)",
+    "a PDF": rb"%PDF-",
+    "an archive": rb"PK[\x03\x05\x07][\x04\x06\x08]|7z\xbc\xaf\x27\x1c|Rar!\x1a\x07|\x1f\x8b\x08",
+    "an image": rb"(?s)\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|II\*\x00|MM\x00\*|....ftyp(avif|hei[cx])",
+    "encrypted": rb"Salted__|-----BEGIN PGP|age-encryption|\x03enc",  # the last: DS2
+    DICTATION: rb"\x03ds2",  # a DSS file may be sound; FFmpeg reads two of its codecs
+    "JSON": rb"\s*(\xef\xbb\xbf)?\s*[{\[]\s*[\"{}\[\]]",
+}
 GUESSED = ("aac", "ac3", "eac3")  # they declare no length; FFmpeg guesses it by the first frame's bit rate
 LEAST_BITS = 1000  # a second: a file that says it is so long that it has fewer does not know, or is cut off
 LOUDEST = 8.0  # eight equal channels make 4.4; what is more is no sound
@@ -3288,7 +3302,9 @@ class Part:
         """Bytes not understood. After the last packet's place there may be an index and a few tags."""
         rest = self.size - self.end - self.pictures
         index = self.page + 24 * self.packets  # AVI's has 16 bytes for each
-        return self.lost + (rest if self.broken or (self.end and rest > index) else 0)
+        if self.broken:
+            return self.lost + max(1, rest)
+        return self.lost + (rest if self.end and rest > index else 0)
 
 
 def decode(
@@ -3319,7 +3335,7 @@ def decode(
                 since = min(since, seconds) if part.lost else since
                 yield sound
         except Refusal as refusal:
-            if part.whole or refusal.status == 413:
+            if refusal.status == 413 or (part.whole and refusal.message != NO_SOUND):
                 raise
             part.broken = refusal
         except (av.error.FFmpegError, OSError) as error:
@@ -3334,7 +3350,8 @@ def decode(
         if missing := part.missing():
             lost, since = lost + missing, min(since, seconds)
     if lost and not seconds:
-        raise undecodable()
+        file.seek(0)
+        raise undecodable(DICTATION if file.read(4)[1:] == b"dss" else "")
     if lost:
         warn(lost, since)
 
@@ -3360,6 +3377,8 @@ def links(file: IO[bytes]) -> Iterator[Part]:
     """What FFmpeg has to open one by one: the links of a chained Ogg file, each with its own rate or codec;
     of any other file all, without an ID3 tag that hides from FFmpeg what it is.
     """
+    if what := what_else(file):
+        raise undecodable(what)
     begin, head = 0, b"ID3"
     while head[:3] == b"ID3":
         file.seek(begin)
@@ -3452,9 +3471,25 @@ def too_long(max_seconds: float) -> Refusal:
     return Refusal(413, message, param="file", code="audio_too_long")
 
 
-def undecodable() -> Refusal:
-    """Bytes in which no sound can be found (contract §3.4)."""
-    return Refusal(400, "The audio file could not be decoded or its format is not supported.")
+def undecodable(what: str = "") -> Refusal:
+    """Bytes in which no sound can be found; in strict mode our words are left out (`Child.serve`)."""
+    return Refusal(400, f"{NO_SOUND} The file is {what}." if what else NO_SOUND)
+
+
+def what_else(file: IO[bytes]) -> str:
+    """What a file is that is no sound; empty if it may be some."""
+    file.seek(0)
+    head = file.read(2**13)
+    for what, sign in OTHERS.items():
+        if re.match(sign, head):
+            return what
+    if head[4:8] == b"ftyp":  # an MP4's index stands at its beginning or at its end
+        head += file.read(2**22)
+        file.seek(max(len(head), file.seek(0, os.SEEK_END) - 2**22))
+        if re.search(rb"(?s)stsd.{12}(enca|drms|aavd)", head + file.read()):
+            return "encrypted"
+    text = head[: 2**13].decode("utf-8", "replace").rstrip("\ufffd")  # where a letter is cut
+    return "text" if text and not re.search(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\ufffd]", text) else ""
 
 
 def mono(frames: Iterable[Any]) -> Iterator[Samples]:
