@@ -3497,9 +3497,9 @@ def mono(frames: Iterable[Any]) -> Iterator[Samples]:
     import av
     import numpy as np
 
-    for (_, name, rate), alike in itertools.groupby(frames, shape_of):
-        layout = av.AudioLayout(name)
-        count = layout.nb_channels
+    for (_, _, rate), alike in itertools.groupby(frames, shape_of):
+        first = next(alike)
+        layout, count = first.layout, first.layout.nb_channels
         if count < 1 or not 1000 <= rate <= MAX_RATE:
             raise undecodable()
         mix, wide = Mix(layout), count > MAX_CHANNELS
@@ -3508,21 +3508,18 @@ def mono(frames: Iterable[Any]) -> Iterator[Samples]:
         planar = count < 8  # of eight PyAV reads a ninth, and beyond its memory
         together = av.AudioResampler(format="fltp" if planar else "flt", **joined)
         resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
-        for frame in itertools.chain(alike, [None]):
-            if frame is not None:
-                frame.pts = (
-                    None  # a jump in the clock, seen by `on_time`, would make FFmpeg invent or drop sound
-                )
-                frame = in_one_channel(frame) if wide else frame
-            for block in together.resample(frame):
+        for frame in itertools.chain([first], alike, [None]):
+            if frame:
+                frame.pts = None  # a jump in the clock would make FFmpeg invent or drop sound; see `on_time`
+            ready = []
+            for block in together.resample(in_one_channel(frame) if frame and wide else frame):
                 channels = block.to_ndarray()
                 mixed = mix(channels if planar else np.ascontiguousarray(channels.reshape(-1, count).T))
-                one = av.AudioFrame.from_ndarray(mixed.reshape(1, -1), "flt", "mono")
-                one.sample_rate = rate
-                for ready in resampler.resample(one):
-                    yield np.clip(ready.to_ndarray().reshape(-1), -LOUDEST, LOUDEST)
-        for ready in resampler.resample(None):  # what the filter still holds
-            yield np.clip(ready.to_ndarray().reshape(-1), -LOUDEST, LOUDEST)
+                ready.append(av.AudioFrame.from_ndarray(mixed.reshape(1, -1), "flt", "mono"))
+                ready[-1].sample_rate = rate
+            for one in ready if frame else [*ready, None]:  # None: what the filter still holds
+                for sound in resampler.resample(one):
+                    yield np.clip(sound.to_ndarray().reshape(-1), -LOUDEST, LOUDEST)
 
 
 def shape_of(frame: Any) -> tuple[Any, ...]:
@@ -3591,11 +3588,11 @@ def speaker_weights(layout: Any) -> Samples | None:
     count = layout.nb_channels
     if count > 2 and re.fullmatch(r"\d+ channels", layout.name):  # of which FFmpeg would guess 5.1, say
         return None
-    each = av.AudioFrame.from_ndarray(np.eye(count, dtype=np.float32).reshape(1, -1), "flt", layout.name)
-    each.sample_rate = RATE
     try:
+        each = av.AudioFrame.from_ndarray(np.eye(count, dtype=np.float32).reshape(1, -1), "flt", layout.name)
+        each.sample_rate = RATE
         (mixed,) = av.AudioResampler(format="flt", layout="mono", rate=RATE).resample(each)
-    except av.error.FFmpegError:  # "left without right", "above" or "ambisonic", say
+    except (av.error.FFmpegError, ValueError):  # "left without right", "above" or "ambisonic", say
         return None
     weights: Samples = mixed.to_ndarray().reshape(-1)
     bass = np.array([one.name.startswith("LFE") for one in layout.channels])
