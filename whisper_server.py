@@ -3233,9 +3233,8 @@ OTHERS = {
 GUESSED = ("aac", "ac3", "eac3")  # they declare no length; FFmpeg guesses it by the first frame's bit rate
 LEAST_BITS = 1000  # a second: a file that says it is so long that it has fewer does not know, or is cut off
 LOUDEST = 8.0  # eight equal channels make 4.4; what is more is no sound
-MAX_CHANNELS = 64  # FFmpeg's resampler takes no more; its decoders have up to 512
+MAX_CHANNELS = 64  # FFmpeg's resampler takes no more
 MIX_SECONDS = 1  # how often it is decided how channels are mixed
-MOST_SAMPLES = 2**24  # in such a block, of all channels: 64 MB
 HISS = 1e-4  # of the loudest channel's power: one with less has no sound
 GAP_SECONDS = 0.25  # a smaller one in a file's clock is jitter
 SPARSE_SECONDS = 2.0  # Opus and AMR may send a packet so seldom while nobody speaks
@@ -3434,35 +3433,26 @@ def meant_track(container: Any, part: Part) -> Any:
     One that is silent may have sound later; until it has, or the file ends, only better ones are decoded.
     """
     import av
+    import numpy as np
 
     order = sorted(container.streams.audio, key=lambda one: not int(getattr(one, "disposition", 0)) & 1)
     if not order:
         raise Refusal(400, "The file has no audio track.", param="file")
     found, better = order[0].index, [stream.index for stream in order]
+    in_floats = {index: av.AudioResampler(format="flt") for index in better}
     if len(order) > 1:
         again = Part(part.file, part.begin, part.begin + part.size)  # with a place of its own
         with open_media(again) as probed, contextlib.suppress(av.error.FFmpegError, IndexError):
             for packet in probed.demux(probed.streams.audio):
-                with contextlib.suppress(av.error.FFmpegError):
-                    if packet.stream.index in better and any(map(has_sound, packet.decode())):
-                        found = packet.stream.index
-                        better = better[: better.index(found)]
+                index = packet.stream.index
+                with contextlib.suppress(av.error.FFmpegError, ValueError):  # the latter: its shape changes
+                    decoded = packet.decode() if index in better else ()
+                    blocks = [block for frame in decoded for block in in_floats[index].resample(frame)]
+                    if any(np.ptp(block.to_ndarray()) > STILL for block in blocks):
+                        found, better = index, better[: better.index(index)]
                         if not better:
                             break
     return next(stream for stream in order if stream.index == found)
-
-
-def has_sound(frame: Any) -> bool:
-    """Whether a frame holds more than dither."""
-    import numpy as np
-
-    planar, channels = frame.format.is_planar, frame.layout.nb_channels
-    kinds = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}
-    kind = np.dtype(kinds[frame.format.packed.name])
-    full = 1.0 if kind.kind == "f" else 2.0 ** (8 * kind.itemsize - 1)
-    count = frame.samples * (1 if planar else channels)  # `to_ndarray` fails from eight planes on
-    planes = [np.frombuffer(one, kind, count) for one in frame.planes[: channels if planar else 1]]
-    return any(float(one.max()) - float(one.min()) > STILL * full for one in planes if count)
 
 
 def too_long(max_seconds: float) -> Refusal:
@@ -3499,44 +3489,28 @@ def mono(frames: Iterable[Any]) -> Iterator[Samples]:
 
     for (_, _, rate), alike in itertools.groupby(frames, shape_of):
         first = next(alike)
-        layout, count = first.layout, first.layout.nb_channels
+        count = first.layout.nb_channels
+        if count > MAX_CHANNELS:
+            message = f"The audio has {count} channels; at most {MAX_CHANNELS} are mixed."
+            raise Refusal(400, message, param="file")
         if count < 1 or not 1000 <= rate <= MAX_RATE:
             raise undecodable()
-        mix, wide = Mix(layout), count > MAX_CHANNELS
-        size = min(rate * MIX_SECONDS, MOST_SAMPLES // count) * (count if wide else 1)
-        joined = {"layout": "mono" if wide else layout, "rate": rate, "frame_size": size}
-        planar = count < 8  # of eight PyAV reads a ninth, and beyond its memory
-        together = av.AudioResampler(format="fltp" if planar else "flt", **joined)
-        resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
-        for frame in itertools.chain([first], alike, [None]):
+        mix = Mix(first.layout)
+        # Samples of all channels in one plane: of eight planes PyAV reads a ninth, and beyond its memory.
+        resampler = av.AudioResampler(
+            format="flt", layout=first.layout, rate=RATE, frame_size=MIX_SECONDS * RATE
+        )
+        for frame in itertools.chain([first], alike, [None]):  # at last what the filter still holds
             if frame:
-                frame.pts = None  # a jump in the clock would make FFmpeg invent or drop sound; see `on_time`
-            ready = []
-            for block in together.resample(in_one_channel(frame) if frame and wide else frame):
-                channels = block.to_ndarray()
-                mixed = mix(channels if planar else np.ascontiguousarray(channels.reshape(-1, count).T))
-                ready.append(av.AudioFrame.from_ndarray(mixed.reshape(1, -1), "flt", "mono"))
-                ready[-1].sample_rate = rate
-            for one in ready if frame else [*ready, None]:  # None: what the filter still holds
-                for sound in resampler.resample(one):
-                    yield np.clip(sound.to_ndarray().reshape(-1), -LOUDEST, LOUDEST)
+                frame.pts = None  # by it FFmpeg would invent or drop sound; `on_time` has seen it
+            for block in resampler.resample(frame):
+                sound = np.clip(np.nan_to_num(block.to_ndarray(), nan=0.0), -LOUDEST, LOUDEST)
+                yield np.clip(mix(sound.reshape(-1, count).T), -LOUDEST, LOUDEST)
 
 
 def shape_of(frame: Any) -> tuple[Any, ...]:
     """What has to be alike in frames that are mixed and resampled together."""
     return frame.format.name, frame.layout.name, frame.sample_rate
-
-
-def in_one_channel(frame: Any) -> Any:
-    """A frame of more than MAX_CHANNELS as one of one channel, in which they stand time by time."""
-    import av
-
-    if frame.format.is_planar:  # Vorbis or Opus
-        raise undecodable()
-    one = av.AudioFrame(frame.format.name, "mono", frame.samples * frame.layout.nb_channels)
-    one.planes[0].update(bytes(frame.planes[0])[: one.planes[0].buffer_size])
-    one.sample_rate = frame.sample_rate
-    return one
 
 
 class Mix:
@@ -3550,33 +3524,26 @@ class Mix:
     def __init__(self, layout: Any) -> None:
         import numpy as np
 
-        weights = speaker_weights(layout)
-        self.mean = weights is None
-        self.weights = np.zeros(layout.nb_channels, np.float32) if weights is None else weights
-        # A bass channel, which no mix has and which may be loudest, is heard only where all else is silent.
-        self.bass = np.array([0.03 if one.name.startswith("LFE") else 0.0 for one in layout.channels])
-        self.sounding = np.zeros(layout.nb_channels, bool)
+        self.speakers = speaker_weights(layout)
+        self.sounding = np.zeros(layout.nb_channels, np.float32)  # 1 for a channel that has had sound
         self.alone: int | None = None  # the channel that is heard instead of the mix
         self.calm = 0  # blocks since then in which nothing cancelled
 
-    def __call__(self, channels: Any) -> Samples:
+    def __call__(self, channels: Samples) -> Samples:
         """A block of float32 (channels, samples) -> (samples,)."""
-        import numpy as np
-
-        power = np.array([float(one @ one) for one in channels])
-        if not np.isfinite(power).all():
-            channels = np.clip(np.nan_to_num(channels, nan=0.0), -LOUDEST, LOUDEST)
-            power = np.array([float(one @ one) for one in channels])
-        if self.mean:
-            self.sounding |= power > HISS * power.max()
-            self.weights = (self.sounding / max(1, self.sounding.sum())).astype(np.float32)
-        mixed: Samples = self.weights @ channels
-        whole, parts = float(mixed @ mixed), np.maximum(self.weights, self.bass) ** 2 * power
-        cancels = whole < CANCELLED * parts.max()
-        self.calm = 0 if cancels else self.calm + bool(whole)
-        one = self.alone
-        if one is None or parts[one] < CANCELLED * parts.max() or self.calm >= CALM_BLOCKS or self.bass[one]:
-            self.alone = int(parts.argmax()) if cancels else None
+        power = (channels**2).sum(axis=1)
+        if self.speakers is None:
+            self.sounding[power > HISS * power.max()] = 1
+        weights = self.sounding / max(1, self.sounding.sum()) if self.speakers is None else self.speakers
+        mixed: Samples = weights @ channels
+        parts = weights**2 * power
+        if mixed @ mixed < CANCELLED * parts.max():
+            self.calm = 0
+            if self.alone is None or parts[self.alone] < CANCELLED * parts.max():
+                self.alone = int(parts.argmax())
+        elif self.calm > CALM_BLOCKS:
+            self.alone = None
+        self.calm += 1
         return mixed if self.alone is None else channels[self.alone]
 
 
