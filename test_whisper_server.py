@@ -710,7 +710,8 @@ def test_first_curl_of_the_readme(server: Served, recordings: Callable[[str], by
 def test_decoded_sound_is_the_recorded_one(recordings: Callable[[str], bytes], name: str) -> None:
     original = samples_of(spoken_in(name))
     sound = decoded(recordings(name))
-    assert abs(len(sound) - len(original)) < 0.1 * RATE
+    padding = 32_768 / 48_000 if name == "gxf" else 0  # its last packet is whole
+    assert -0.1 < len(sound) / RATE - len(original) / RATE < padding + 0.1
     like, off = likeness(sound, original)
     narrow = name in ("amr", "3gp", "8 kHz mono")
     assert like > (0.6 if narrow else 0.95) and abs(off) < 0.06
