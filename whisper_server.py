@@ -3255,6 +3255,7 @@ FAR_GAP_SECONDS = 10.0  # a window with less speech goes on over such a pause
 THIN_WINDOW_SECONDS = 28.0  # and may become so long, its margins included; Whisper takes 30
 STRAY_SECONDS = 1.0  # a last run shorter than this is no window of its own
 UNHEARD_SECONDS = 0.5  # of speech without a word between two such pauses are decoded again: not a breath
+SPLINTER_SECONDS = 0.1  # of speech at the edge of a part of a window are no word: a late stamp, a rounding
 CUT_SLACK = 0.2  # seconds that a stamp may lie in the speech at the wrong side of a shortened pause
 RUMBLE_HERTZ = 40  # below is no speech, but what hides it from the VAD
 LOUD = 0.04  # of full scale, RMS: speech is so loud as a rule; of what is quieter the VAD is less sure
@@ -3679,7 +3680,7 @@ class Window:
         """What lies between two samples of it, as a window of its own."""
         start = self.start + begin + sum(left_out for cut, left_out in self.cuts if cut <= begin)
         inside = [(max(s, begin / RATE), min(e, end / RATE)) for s, e in self.speech]
-        speech = [(s - begin / RATE, e - begin / RATE) for s, e in inside if e - s > 0.001]  # rounded: none
+        speech = [(s - begin / RATE, e - begin / RATE) for s, e in inside if e - s > SPLINTER_SECONDS]
         cuts = [(cut - begin, left_out) for cut, left_out in self.cuts if begin < cut < end]
         return Window(start, self.samples[begin:end], speech, cuts)
 
