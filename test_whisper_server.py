@@ -947,6 +947,69 @@ def test_clock_of_a_broken_file_is_no_silence() -> None:
         assert len([frame for frame in frames if frame.to_ndarray().all()]) == len(stamps), name
 
 
+def test_pauses_that_opus_leaves_out_keep_their_length() -> None:
+    """A browser records a packet each 0.4 s while nobody speaks; what was said next came too early."""
+    fox = samples_of(ENGLISH)
+    sound, file = np.concatenate([fox, rest(40), fox]), io.BytesIO()
+    with (
+        av.open(io.BytesIO(encoded(sound, "webm", "libopus", 48000))) as whole,
+        av.open(file, "w", format="webm") as left,
+    ):
+        stream = left.add_stream_from_template(whole.streams.audio[0])
+        for n, packet in enumerate(whole.demux(whole.streams.audio[0])):
+            at = float(packet.pts * packet.time_base) if packet.pts is not None else 0.0
+            if packet.size and not (len(fox) / RATE + 0.1 < at < len(fox) / RATE + 39.9 and n % 20):
+                packet.stream = stream
+                left.mux(packet)
+    heard = decoded(file.getvalue(), 90)
+    assert abs(len(heard) - len(sound)) < 0.5 * RATE
+    assert likeness(heard[-len(fox) - RATE :], np.concatenate([rest(1), fox]))[0] > 0.9
+
+
+@pytest.mark.unix
+def test_gap_in_a_file_of_any_shape_takes_little_memory(tmp_path: Path) -> None:
+    """5 s of silence in the shape of frames of 130 MHz took 4 GB."""
+    for rate, layout, refused in ((130_000_000, "stereo", True), (1_000_000, "24 channels", False)):
+        file = io.BytesIO()
+        with av.open(file, "w", format="matroska") as container:
+            picture = container.add_stream("rawvideo", rate=25, width=16, height=16, pix_fmt="gray")
+            stream = container.add_stream("pcm_f64le", rate=rate, layout=layout)
+            container.mux(picture.encode(av.VideoFrame(16, 16, "gray")))
+            for n in range(4):
+                frame = av.AudioFrame("dbl", layout, 1000)
+                frame.planes[0].update(bytes(frame.planes[0].buffer_size))
+                frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), 5 * rate + n * 1000
+                container.mux(stream.encode(frame))
+        (tmp_path / "gap").write_bytes(file.getvalue())
+        code = "import sys, resource, whisper_server\ntry:\n    heard = sum(map(len, whisper_server.decode("
+        code += "open(sys.argv[1], 'rb'), 60)))\nexcept whisper_server.Refusal:\n    heard = -1\n"
+        code += "print(heard, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+        ran = subprocess.check_output([sys.executable, "-c", code, tmp_path / "gap"], cwd=HERE, text=True)
+        heard, most = map(int, ran.split())
+        assert (heard == -1 if refused else abs(heard - 5 * RATE) < 0.2 * RATE) and most < 1000
+
+
+@pytest.mark.parametrize("flags", ["faststart", "empty_moov"])
+def test_file_with_a_head_and_no_sound_is_no_silence(
+    flags: str, recordings: Callable[[str], bytes], tmp_path: Path
+) -> None:
+    """An upload broke off after the index, or other bytes follow the head: that was an empty 200."""
+    file = tmp_path / "a.mp4"
+    with (
+        av.open(io.BytesIO(recordings("mp4"))) as one,
+        av.open(str(file), "w", "mp4", {"movflags": flags}) as other,
+    ):
+        stream = other.add_stream_from_template(one.streams.audio[0])
+        for packet in one.demux(one.streams.audio[0]):
+            if packet.size:
+                packet.stream = stream
+                other.mux(packet)
+    data = file.read_bytes()
+    head = data[: data.index(b"mdat") + 4] if flags == "faststart" else data[: data.index(b"moof") - 4]
+    with pytest.raises(Refusal, match="could not be decoded"):
+        decoded(head if flags == "faststart" else head + random.Random(1).randbytes(200_000))
+
+
 def test_links_of_a_chained_ogg_are_all_heard(server: Served) -> None:
     links = [("flac", RATE), ("libopus", 48000, "stereo"), ("vorbis", 44100, "stereo"), ("flac", 44100)]
     clips = (ENGLISH, HELLO, ENGLISH, HELLO)

@@ -3222,13 +3222,13 @@ NO_SOUND = "The audio file could not be decoded or its format is not supported."
 DICTATION = "a dictation machine's (DSS, DS2), whose own software makes a WAV file of it"
 # What is sent instead of sound, by its first bytes; FFmpeg is not asked, which might hear silence in it.
 OTHERS = {
-    "a web page": rb"(?is)\s*(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body|\?xml.{,500}<html)",
+    "a web page": rb"(?is)(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body|\?xml.{,500}<html)",
     "a PDF": rb"%PDF-",
     "an archive": rb"PK[\x03\x05\x07][\x04\x06\x08]|7z\xbc\xaf\x27\x1c|Rar!\x1a\x07|\x1f\x8b\x08",
     "an image": rb"(?s)\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|II\*\x00|MM\x00\*|....ftyp(avif|hei[cx])",
     "encrypted": rb"Salted__|-----BEGIN PGP|age-encryption|\x03enc",  # the last: DS2
     DICTATION: rb"\x03ds2",  # a DSS file may be sound; FFmpeg reads two of its codecs
-    "JSON": rb"\s*(\xef\xbb\xbf)?\s*[{\[]\s*[\"{}\[\]]",
+    "JSON": rb"(\xef\xbb\xbf)?\s*[{\[]\s*[\"{}\[\]]",
 }
 GUESSED = ("aac", "ac3", "eac3")  # they declare no length; FFmpeg guesses it by the first frame's bit rate
 LEAST_BITS = 1000  # a second: a file that says it is so long that it has fewer does not know, or is cut off
@@ -3237,9 +3237,9 @@ MAX_CHANNELS = 64  # FFmpeg's resampler takes no more
 MIX_SECONDS = 1  # how often it is decided how channels are mixed
 HISS = 1e-4  # of the loudest channel's power: one with less has no sound
 GAP_SECONDS = 0.25  # a smaller one in a file's clock is jitter
+MOST_LINKS = 10_000  # of a chained Ogg file: a day of songs; of 28 bytes each they would take minutes
 SPARSE_SECONDS = 2.0  # Opus and AMR may send a packet so seldom while nobody speaks
 STILL = 2.0**-11  # of full scale, from peak to peak: what stays under it is dither, a muted microphone's say
-CALM_BLOCKS = 10  # without opposite phases, until a mix is trusted again
 CANCELLED = 0.1  # of the loudest channel's power, in the mix: less is left only of opposite phases
 MAX_RATE = 1_000_000  # DXD has 352,800; beyond, FFmpeg's resampler asks for gigabytes
 MAX_BAD_PACKETS = 100_000  # a file of nothing but damage ends here, after a few seconds of CPU time
@@ -3274,11 +3274,11 @@ class Part:
         self.file, self.begin, self.at, self.size = file, begin, 0, end - begin
         self.whole = whole  # whether it is all of the file but for a tag
         self.end, self.lost, self.pictures = 0, 0, 0  # bytes: up to the last packet, damaged, of album covers
-        self.packets, self.page = 0, 4096  # of all tracks; bytes that the last packet has a place within
+        self.packets, self.page = 0, 16_384  # of all tracks; bytes that the last packet has a place within
         self.broken: Exception | None = None  # what ended the reading before its end
 
     def read(self, size: int) -> bytes:
-        self.file.seek(self.begin + self.at)
+        self.file.seek(self.begin + min(self.at, self.size))  # an index may say any place
         data = self.file.read(max(0, min(size, self.size - self.at)))
         self.at += len(data)
         return data
@@ -3304,7 +3304,7 @@ class Part:
         index = self.page + 24 * self.packets  # AVI's has 16 bytes for each
         if self.broken:
             return self.lost + max(1, rest)
-        return self.lost + (rest if self.end and rest > index else 0)
+        return self.lost + (rest if rest > index else 0)
 
 
 def decode(
@@ -3340,12 +3340,13 @@ def decode(
             part.broken = refusal
         except (av.error.FFmpegError, OSError) as error:
             part.broken = error
-            if isinstance(error, MemoryError):
-                bytearray(
-                    2**26
-                )  # raises again if memory has run out; else the file asked for an absurd amount
+            if isinstance(error, MemoryError):  # FFmpeg's, if the file asked for an absurd amount
+                bytearray(2**26)  # raises again if memory has run out
         if part.broken:
-            level, kind = logging.WARNING if seconds else logging.DEBUG, type(part.broken).__name__
+            level, kind = (
+                logging.WARNING if seconds and part.whole else logging.DEBUG,
+                type(part.broken).__name__,
+            )
             log.log(level, "FFmpeg broke off: %s (%s); %.1f s of sound are kept", kind, part.broken, seconds)
         if missing := part.missing():
             lost, since = lost + missing, min(since, seconds)
@@ -3369,8 +3370,9 @@ def sound_of(part: Part, max_seconds: float, declare: Callable[[float], None]) -
                 declare(declared)
         part.page = 65_307 if container.format.name == "ogg" else part.page  # a whole page
         begins = None if container.start_time is None else container.start_time / av.time_base
-        frames = raw_frames(container, meant_track(container, part), part)
-        yield from mono(on_time(frames, begins, max_seconds))
+        track = meant_track(container, part)
+        sparse = getattr(track.codec_context, "name", "") in ("opus", "libopus")  # PyAV may know no codec
+        yield from mono(on_time(raw_frames(container, track, part), begins, max_seconds, sparse))
 
 
 def links(file: IO[bytes]) -> Iterator[Part]:
@@ -3390,7 +3392,9 @@ def links(file: IO[bytes]) -> Iterator[Part]:
         begin = 0
     size = file.seek(0, os.SEEK_END)
     more = (at for at in first_pages(file, begin) if at > begin) if head[:4] == b"OggS" else ()
-    for start, end in itertools.pairwise(itertools.chain([begin], more, [size])):
+    for start, end in itertools.pairwise(
+        itertools.chain([begin], itertools.islice(more, MOST_LINKS), [size])
+    ):
         yield Part(file, start, end, start == begin and end == size)
 
 
@@ -3440,15 +3444,19 @@ def meant_track(container: Any, part: Part) -> Any:
     if not order:
         raise Refusal(400, "The file has no audio track.", param="file")
     found, better = order[0].index, [stream.index for stream in order]
-    in_floats = {index: av.AudioResampler(format="flt") for index in better}
+    in_floats: dict[Any, Any] = collections.defaultdict(lambda: av.AudioResampler(format="flt"))
     if len(order) > 1:
         again = Part(part.file, part.begin, part.begin + part.size)  # with a place of its own
         with open_media(again) as probed, contextlib.suppress(av.error.FFmpegError, IndexError):
             for packet in probed.demux(probed.streams.audio):
                 index = packet.stream.index
-                with contextlib.suppress(av.error.FFmpegError, ValueError):  # the latter: its shape changes
+                with contextlib.suppress(av.error.FFmpegError):
                     decoded = packet.decode() if index in better else ()
-                    blocks = [block for frame in decoded for block in in_floats[index].resample(frame)]
+                    blocks = [
+                        block
+                        for frame in decoded
+                        for block in in_floats[index, shape_of(frame)].resample(frame)
+                    ]
                     if any(np.ptp(block.to_ndarray()) > STILL for block in blocks):
                         found, better = index, better[: better.index(index)]
                         if not better:
@@ -3488,15 +3496,9 @@ def mono(frames: Iterable[Any]) -> Iterator[Samples]:
     import av
     import numpy as np
 
-    for (_, _, rate), alike in itertools.groupby(frames, shape_of):
+    for _, alike in itertools.groupby(frames, shape_of):
         first = next(alike)
-        count = first.layout.nb_channels
-        if count > MAX_CHANNELS:
-            message = f"The audio has {count} channels; at most {MAX_CHANNELS} are mixed."
-            raise Refusal(400, message, param="file")
-        if count < 1 or not 1000 <= rate <= MAX_RATE:
-            raise undecodable()
-        mix = Mix(first.layout)
+        count, mix = first.layout.nb_channels, Mix(first.layout)
         # Samples of all channels in one plane: of eight planes PyAV reads a ninth, and beyond its memory.
         resampler = av.AudioResampler(
             format="flt", layout=first.layout, rate=RATE, frame_size=MIX_SECONDS * RATE
@@ -3518,8 +3520,8 @@ class Mix:
     """Channels -> one, by the layout, block by block.
 
     Loudspeakers are summed as FFmpeg sums them. Channels that are none, of a recorder or a mixer say, become
-    the mean of those that have had sound. Where they cancel each other, the loudest is heard alone, and on
-    until they have not done so for a while: going to and fro would be heard.
+    the mean of those that have had sound. Where they cancel each other, the loudest is heard alone, and the
+    same as long as they do: going to and fro would be heard.
     """
 
     def __init__(self, layout: Any) -> None:
@@ -3528,7 +3530,6 @@ class Mix:
         self.speakers = speaker_weights(layout)
         self.sounding = np.zeros(layout.nb_channels, np.float32)  # 1 for a channel that has had sound
         self.alone: int | None = None  # the channel that is heard instead of the mix
-        self.calm = 0  # blocks since then in which nothing cancelled
 
     def __call__(self, channels: Samples) -> Samples:
         """A block of float32 (channels, samples) -> (samples,)."""
@@ -3539,12 +3540,10 @@ class Mix:
         mixed: Samples = weights @ channels
         parts = weights**2 * power
         if mixed @ mixed < CANCELLED * parts.max():
-            self.calm = 0
             if self.alone is None or parts[self.alone] < CANCELLED * parts.max():
                 self.alone = int(parts.argmax())
-        elif self.calm > CALM_BLOCKS:
+        else:
             self.alone = None
-        self.calm += 1
         return mixed if self.alone is None else channels[self.alone]
 
 
@@ -3568,6 +3567,16 @@ def speaker_weights(layout: Any) -> Samples | None:
     return weights
 
 
+def checked(frame: Any) -> Any:
+    """A frame as it is. Raises Refusal 400 for a shape that FFmpeg's resampler does not take."""
+    if frame.layout.nb_channels > MAX_CHANNELS:
+        message = f"The audio has {frame.layout.nb_channels} channels; at most {MAX_CHANNELS} are mixed."
+        raise Refusal(400, message, param="file")
+    if frame.layout.nb_channels < 1 or not 1000 <= frame.sample_rate <= MAX_RATE:
+        raise undecodable()
+    return frame
+
+
 def raw_frames(container: Any, stream: Any, part: Part) -> Iterator[Any]:
     """The frames of a stream as they were recorded; a damaged packet becomes its length of silence."""
     import av
@@ -3581,7 +3590,7 @@ def raw_frames(container: Any, stream: Any, part: Part) -> Iterator[Any]:
             packet = next(packets)
             part.note(packet)
             for frame in packet.decode() if packet.stream.index == stream.index else ():
-                last = frame
+                last = checked(frame)
                 yield frame
         except (StopIteration, av.error.EOFError, IndexError):  # the last: PyAV's, of a stream that came late
             break
@@ -3598,16 +3607,17 @@ def raw_frames(container: Any, stream: Any, part: Part) -> Iterator[Any]:
                 yield from silence_like(last, float(packet.duration * packet.time_base))
         except OSError as error:  # the file's
             part.broken = error
-    if bad and last is None:  # there were packets, and none was sound
+    if last is None and (bad or (stream.duration or 0) > 0):  # it says that there is sound, and there is none
         raise undecodable()
 
 
-def on_time(frames: Iterable[Any], begins: float | None, most: float) -> Iterator[Any]:
+def on_time(frames: Iterable[Any], begins: float | None, most: float, sparse: bool = False) -> Iterator[Any]:
     """Frames, and silence where the file's clock, which begins at `begins`, says that there was no sound.
 
     The clock of a broken file jumps to and fro. So a long jump counts if the next frame goes on from it; any
     only forward, after four frames without one, and as long as all is not longer than `most` seconds. One
-    far back begins a new clock; what a short one goes back is taken from the next one forward.
+    far back begins a new clock; what a short one goes back is taken from the next one forward. Sound is
+    `sparse` if packets may be left out while nobody speaks.
     """
     due, ahead, total = begins, 0.0, 0.0  # on the clock; sound beyond that; sound so far: all in seconds
     gaps, steady, last = 0, 0, 0.0  # frames after silence, right after another; where that ended
@@ -3618,14 +3628,15 @@ def on_time(frames: Iterable[Any], begins: float | None, most: float) -> Iterato
             steady, last = steady + (abs(stamp - last) < lasts / 4), stamp + lasts
             jump = stamp - due
             short = abs(jump) < SPARSE_SECONDS
+            paused = sparse and short
             goes_on = after and (after.time is None or abs(after.time - last) < GAP_SECONDS)
             if abs(jump) > GAP_SECONDS and (short or goes_on):
                 due, silence = stamp, jump - ahead
                 ahead = max(0.0, -silence) if short or jump > 0 else 0.0
-                if silence > GAP_SECONDS and total + silence <= most and gaps <= steady / 4:
-                    total, gaps = total + silence, gaps + 1
-                    for second in range(math.ceil(silence)):
-                        yield from silence_like(frame, silence - second)
+                if silence > GAP_SECONDS and total + silence <= most and (paused or gaps <= steady / 4):
+                    total, gaps = total + silence, gaps + (not paused)
+                    for tenth in range(math.ceil(10 * silence)):  # little memory, whatever its shape
+                        yield from silence_like(frame, min(0.1, silence - tenth / 10))
         total += lasts
         due = None if due is None else due + lasts
         yield frame
