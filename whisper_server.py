@@ -3205,7 +3205,7 @@ class Delivery:
 
 
 # ------------------------------------------------------------------------------------------------
-# windows: bytes of any container -> sound at 16 kHz -> windows of speech (in the child)
+# sound: bytes of any container -> blocks of mono at 16 kHz (in the child)
 # ------------------------------------------------------------------------------------------------
 
 RATE = 16_000  # samples a second, as Whisper hears
@@ -3244,25 +3244,6 @@ CANCELLED = 0.1  # of the loudest channel's power, in the mix: less is left only
 MAX_RATE = 1_000_000  # DXD has 352,800; beyond, FFmpeg's resampler asks for gigabytes
 MAX_BAD_PACKETS = 100_000  # a file of nothing but damage ends here, after a few seconds of CPU time
 MAX_BAD_READS = 100  # from here on the container itself is broken; its reader gets no further
-WINDOW_SECONDS = 14.0  # longer windows decode slower and no better; Whisper takes at most 30
-FIRST_WINDOW_SECONDS = 7.0  # of a long file, the words of which somebody waits for
-UNBROKEN_SECONDS = 26.0  # of speech without a pause; with PAD_SECONDS and the second of `quiet_cuts` below 30
-MAX_GAP_SECONDS = 2.0  # a longer pause parts windows that have enough speech
-PAD_SECONDS = 1.0  # kept around speech: the first and last sounds of a word are quiet
-EDGE_SECONDS = 0.75  # two stay of a longer pause in a window: over silence stamps slip, words come twice
-ENOUGH_SPEECH_SECONDS = 5.0  # in a window; of one word the model mistakes even the language
-FAR_GAP_SECONDS = 10.0  # a window with less speech goes on over such a pause
-THIN_WINDOW_SECONDS = 28.0  # and may become so long, its margins included; Whisper takes 30
-STRAY_SECONDS = 1.0  # a last run shorter than this is no window of its own
-UNHEARD_SECONDS = 0.5  # of speech without a word between two such pauses are decoded again: not a breath
-SPLINTER_SECONDS = 0.1  # of speech at the edge of a part of a window are no word: a late stamp, a rounding
-CUT_SLACK = 0.2  # seconds that a stamp may lie in the speech at the wrong side of a shortened pause
-RUMBLE_HERTZ = 40  # below is no speech, but what hides it from the VAD
-LOUD = 0.04  # of full scale, RMS: speech is so loud as a rule; of what is quieter the VAD is less sure
-MOST_GAIN = 100.0  # the noise of 16 bits alone, so much louder, is still no speech
-VAD_FRAME = 512  # samples that the VAD judges at a time
-VAD_FIRST_SECONDS = 45  # looked at together at first, so that the first words soon come
-VAD_BLOCK_SECONDS = 120  # and then; memory is flat however long the file is
 
 
 class Part:
@@ -3343,11 +3324,9 @@ def decode(
             if isinstance(error, MemoryError):  # FFmpeg's, if the file asked for an absurd amount
                 bytearray(2**26)  # raises again if memory has run out
         if part.broken:
-            level, kind = (
-                logging.WARNING if seconds and part.whole else logging.DEBUG,
-                type(part.broken).__name__,
-            )
-            log.log(level, "FFmpeg broke off: %s (%s); %.1f s of sound are kept", kind, part.broken, seconds)
+            level = logging.WARNING if seconds and part.whole else logging.DEBUG  # links may be thousands
+            why = (type(part.broken).__name__, part.broken, seconds)
+            log.log(level, "FFmpeg broke off: %s (%s); %.1f s of sound are kept", *why)
         if missing := part.missing():
             lost, since = lost + missing, min(since, seconds)
     if lost and not seconds:
@@ -3370,7 +3349,7 @@ def sound_of(part: Part, max_seconds: float, declare: Callable[[float], None]) -
                 declare(declared)
         part.page = 65_307 if container.format.name == "ogg" else part.page  # a whole page
         begins = None if container.start_time is None else container.start_time / av.time_base
-        track = meant_track(container, part)
+        track = meant_track(container, part, max_seconds)
         sparse = getattr(track.codec_context, "name", "") in ("opus", "libopus")  # PyAV may know no codec
         yield from mono(on_time(raw_frames(container, track, part), begins, max_seconds, sparse))
 
@@ -3432,35 +3411,36 @@ def open_media(part: Part) -> Any:
         raise undecodable() from None
 
 
-def meant_track(container: Any, part: Part) -> Any:
+def meant_track(container: Any, part: Part, max_seconds: float) -> Any:
     """The audio track that is heard: of those with sound the default one, else the first.
 
-    One that is silent may have sound later; until it has, or the file ends, only better ones are decoded.
+    One that is silent may have sound later; until it has, or `max_seconds` of all are over, those that would
+    be heard instead of the one found are decoded.
     """
     import av
     import numpy as np
 
-    order = sorted(container.streams.audio, key=lambda one: not int(getattr(one, "disposition", 0)) & 1)
+    default = 1  # a bit of the disposition
+    order = sorted(container.streams.audio, key=lambda one: not int(getattr(one, "disposition", 0)) & default)
     if not order:
         raise Refusal(400, "The file has no audio track.", param="file")
     found, better = order[0].index, [stream.index for stream in order]
+    if len(order) == 1:
+        return order[0]
     in_floats: dict[Any, Any] = collections.defaultdict(lambda: av.AudioResampler(format="flt"))
-    if len(order) > 1:
-        again = Part(part.file, part.begin, part.begin + part.size)  # with a place of its own
-        with open_media(again) as probed, contextlib.suppress(av.error.FFmpegError, IndexError):
-            for packet in probed.demux(probed.streams.audio):
-                index = packet.stream.index
-                with contextlib.suppress(av.error.FFmpegError):
-                    decoded = packet.decode() if index in better else ()
-                    blocks = [
-                        block
-                        for frame in decoded
-                        for block in in_floats[index, shape_of(frame)].resample(frame)
-                    ]
-                    if any(np.ptp(block.to_ndarray()) > STILL for block in blocks):
+    left = max_seconds * len(order)  # small files may hold days of silence
+    again = Part(part.file, part.begin, part.begin + part.size)  # with a place of its own
+    with open_media(again) as probed, contextlib.suppress(av.error.FFmpegError, IndexError):
+        for packet in probed.demux(probed.streams.audio):
+            index = packet.stream.index
+            with contextlib.suppress(av.error.FFmpegError):
+                for frame in packet.decode() if index in better else ():
+                    left -= frame.samples / max(1, frame.sample_rate)
+                    blocks = in_floats[index, shape_of(frame)].resample(frame)
+                    if index in better and any(np.ptp(block.to_ndarray()) > STILL for block in blocks):
                         found, better = index, better[: better.index(index)]
-                        if not better:
-                            break
+            if not better or left < 0:
+                break
     return next(stream for stream in order if stream.index == found)
 
 
@@ -3489,6 +3469,97 @@ def what_else(file: IO[bytes]) -> str:
             return "encrypted"
     text = head[: 2**13].decode("utf-8", "replace").rstrip("\ufffd")  # where a letter is cut
     return "text" if text and not re.search(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\ufffd]", text) else ""
+
+
+def checked(frame: Any) -> Any:
+    """A frame as it is. Raises Refusal 400 for a shape that FFmpeg's resampler does not take."""
+    if frame.layout.nb_channels > MAX_CHANNELS:
+        message = f"The audio has {frame.layout.nb_channels} channels; at most {MAX_CHANNELS} are mixed."
+        raise Refusal(400, message, param="file")
+    if frame.layout.nb_channels < 1 or not 1000 <= frame.sample_rate <= MAX_RATE:
+        raise undecodable()
+    return frame
+
+
+def raw_frames(container: Any, stream: Any, part: Part) -> Iterator[Any]:
+    """The frames of a stream as they were recorded; a damaged packet becomes its length of silence."""
+    import av
+
+    bad, last = 0, None
+    packets = container.demux()
+    stream.thread_type = "NONE"
+    while not part.broken:
+        packet = None
+        try:
+            packet = next(packets)
+            part.note(packet)
+            for frame in packet.decode() if packet.stream.index == stream.index else ():
+                last = checked(frame)
+                yield frame
+        except (StopIteration, av.error.EOFError, IndexError):  # the last: PyAV's, of a stream that came late
+            break
+        except MemoryError:  # FFmpeg's, too: no damage
+            raise
+        except av.error.FFmpegError as error:
+            bad += 1
+            part.lost += packet.size if packet else 0
+            if bad > (MAX_BAD_READS if packet is None else MAX_BAD_PACKETS):
+                part.broken = error
+            elif packet is None:
+                packets = container.demux()  # a generator is dead after its first exception
+            elif last is not None and packet.duration and packet.time_base:
+                yield from silence_like(
+                    last, min(1.0, float(packet.duration * packet.time_base))
+                )  # any number
+        except OSError as error:  # the file's
+            part.broken = error
+    if last is None and (bad or (stream.duration or 0) > 0):  # it says that there is sound, and there is none
+        raise undecodable()
+
+
+def silence_like(frame: Any, seconds: float) -> Iterator[Any]:
+    """Silence in another frame's shape; in tenths of a second, of which the widest shape takes 50 MB."""
+    import av
+
+    middle = b"\x80" if frame.format.name in ("u8", "u8p") else b"\0"
+    left = int(frame.sample_rate * seconds)
+    while left > 0:
+        quiet = av.AudioFrame(frame.format.name, frame.layout.name, min(left, frame.sample_rate // 10))
+        quiet.sample_rate = frame.sample_rate
+        for plane in quiet.planes[: frame.layout.nb_channels]:  # of eight channels PyAV shows a ninth
+            plane.update(middle * plane.buffer_size)
+        left -= quiet.samples
+        yield quiet
+
+
+def on_time(frames: Iterable[Any], begins: float | None, most: float, sparse: bool = False) -> Iterator[Any]:
+    """Frames, and silence where the file's clock, which begins at `begins`, says that there was no sound.
+
+    The clock of a broken file jumps to and fro. So a long jump counts if the next frame goes on from it; any
+    only forward, after four frames without one, and as long as all is not longer than `most` seconds. One
+    far back begins a new clock; what a short one goes back is taken from the next one forward. Sound is
+    `sparse` if packets may be left out while nobody speaks.
+    """
+    due, ahead, total = begins, 0.0, 0.0  # on the clock; sound beyond that; sound so far: all in seconds
+    gaps, steady, last = 0, 0, 0.0  # frames after silence, right after another; where that ended
+    for frame, after in itertools.pairwise(itertools.chain(frames, [None])):
+        stamp, lasts = frame.time, frame.samples / max(1, frame.sample_rate)
+        if stamp is not None:
+            due = stamp if due is None else due
+            steady, last = steady + (abs(stamp - last) < lasts / 4), stamp + lasts
+            jump = stamp - due
+            short = abs(jump) < SPARSE_SECONDS
+            paused = sparse and short
+            goes_on = after and (after.time is None or abs(after.time - last) < GAP_SECONDS)
+            if abs(jump) > GAP_SECONDS and (short or goes_on):
+                due, silence = stamp, jump - ahead
+                ahead = max(0.0, -silence) if short or jump > 0 else 0.0
+                if silence > GAP_SECONDS and total + silence <= most and (paused or gaps <= steady / 4):
+                    total, gaps = total + silence, gaps + (not paused)
+                    yield from silence_like(frame, silence)
+        total += lasts
+        due = None if due is None else due + lasts
+        yield frame
 
 
 def mono(frames: Iterable[Any]) -> Iterator[Samples]:
@@ -3567,92 +3638,29 @@ def speaker_weights(layout: Any) -> Samples | None:
     return weights
 
 
-def checked(frame: Any) -> Any:
-    """A frame as it is. Raises Refusal 400 for a shape that FFmpeg's resampler does not take."""
-    if frame.layout.nb_channels > MAX_CHANNELS:
-        message = f"The audio has {frame.layout.nb_channels} channels; at most {MAX_CHANNELS} are mixed."
-        raise Refusal(400, message, param="file")
-    if frame.layout.nb_channels < 1 or not 1000 <= frame.sample_rate <= MAX_RATE:
-        raise undecodable()
-    return frame
+# ------------------------------------------------------------------------------------------------
+# windows: sound -> windows of speech that are decoded as one (in the child)
+# ------------------------------------------------------------------------------------------------
 
-
-def raw_frames(container: Any, stream: Any, part: Part) -> Iterator[Any]:
-    """The frames of a stream as they were recorded; a damaged packet becomes its length of silence."""
-    import av
-
-    bad, last = 0, None
-    packets = container.demux()
-    stream.thread_type = "NONE"
-    while not part.broken:
-        packet = None
-        try:
-            packet = next(packets)
-            part.note(packet)
-            for frame in packet.decode() if packet.stream.index == stream.index else ():
-                last = checked(frame)
-                yield frame
-        except (StopIteration, av.error.EOFError, IndexError):  # the last: PyAV's, of a stream that came late
-            break
-        except MemoryError:  # FFmpeg's, too: no damage
-            raise
-        except av.error.FFmpegError as error:
-            bad += 1
-            part.lost += packet.size if packet else 0
-            if bad > (MAX_BAD_READS if packet is None else MAX_BAD_PACKETS):
-                part.broken = error
-            elif packet is None:
-                packets = container.demux()  # a generator is dead after its first exception
-            elif last is not None and packet.duration and packet.time_base:
-                yield from silence_like(last, float(packet.duration * packet.time_base))
-        except OSError as error:  # the file's
-            part.broken = error
-    if last is None and (bad or (stream.duration or 0) > 0):  # it says that there is sound, and there is none
-        raise undecodable()
-
-
-def on_time(frames: Iterable[Any], begins: float | None, most: float, sparse: bool = False) -> Iterator[Any]:
-    """Frames, and silence where the file's clock, which begins at `begins`, says that there was no sound.
-
-    The clock of a broken file jumps to and fro. So a long jump counts if the next frame goes on from it; any
-    only forward, after four frames without one, and as long as all is not longer than `most` seconds. One
-    far back begins a new clock; what a short one goes back is taken from the next one forward. Sound is
-    `sparse` if packets may be left out while nobody speaks.
-    """
-    due, ahead, total = begins, 0.0, 0.0  # on the clock; sound beyond that; sound so far: all in seconds
-    gaps, steady, last = 0, 0, 0.0  # frames after silence, right after another; where that ended
-    for frame, after in itertools.pairwise(itertools.chain(frames, [None])):
-        stamp, lasts = frame.time, frame.samples / max(1, frame.sample_rate)
-        if stamp is not None:
-            due = stamp if due is None else due
-            steady, last = steady + (abs(stamp - last) < lasts / 4), stamp + lasts
-            jump = stamp - due
-            short = abs(jump) < SPARSE_SECONDS
-            paused = sparse and short
-            goes_on = after and (after.time is None or abs(after.time - last) < GAP_SECONDS)
-            if abs(jump) > GAP_SECONDS and (short or goes_on):
-                due, silence = stamp, jump - ahead
-                ahead = max(0.0, -silence) if short or jump > 0 else 0.0
-                if silence > GAP_SECONDS and total + silence <= most and (paused or gaps <= steady / 4):
-                    total, gaps = total + silence, gaps + (not paused)
-                    for tenth in range(math.ceil(10 * silence)):  # little memory, whatever its shape
-                        yield from silence_like(frame, min(0.1, silence - tenth / 10))
-        total += lasts
-        due = None if due is None else due + lasts
-        yield frame
-
-
-def silence_like(frame: Any, seconds: float) -> Iterator[Any]:
-    """Silence in another frame's shape; at most a second, since a damaged length may be any number."""
-    import av
-
-    quiet = av.AudioFrame(frame.format.name, frame.layout.name, int(frame.sample_rate * min(seconds, 1.0)))
-    if quiet.samples:
-        quiet.sample_rate = frame.sample_rate
-        middle = b"\x80" if frame.format.name in ("u8", "u8p") else b"\0"
-        for plane in quiet.planes[: frame.layout.nb_channels]:  # of eight channels PyAV shows a ninth
-            plane.update(middle * plane.buffer_size)
-        yield quiet
+WINDOW_SECONDS = 14.0  # longer windows decode slower and no better; Whisper takes at most 30
+FIRST_WINDOW_SECONDS = 7.0  # of a long file, the words of which somebody waits for
+UNBROKEN_SECONDS = 26.0  # of speech without a pause; with PAD_SECONDS and the second of `quiet_cuts` below 30
+MAX_GAP_SECONDS = 2.0  # a longer pause parts windows that have enough speech
+PAD_SECONDS = 1.0  # kept around speech: the first and last sounds of a word are quiet
+EDGE_SECONDS = 0.75  # two stay of a longer pause in a window: over silence stamps slip, words come twice
+ENOUGH_SPEECH_SECONDS = 5.0  # in a window; of one word the model mistakes even the language
+FAR_GAP_SECONDS = 10.0  # a window with less speech goes on over such a pause
+THIN_WINDOW_SECONDS = 28.0  # and may become so long, its margins included; Whisper takes 30
+STRAY_SECONDS = 1.0  # a last run shorter than this is no window of its own
+UNHEARD_SECONDS = 0.5  # of speech without a word between two such pauses are decoded again: not a breath
+SPLINTER_SECONDS = 0.1  # of speech at the edge of a part of a window are no word: a late stamp, a rounding
+CUT_SLACK = 0.2  # seconds that a stamp may lie in the speech at the wrong side of a shortened pause
+RUMBLE_HERTZ = 40  # below is no speech, but what hides it from the VAD
+LOUD = 0.04  # of full scale, RMS: speech is so loud as a rule; of what is quieter the VAD is less sure
+MOST_GAIN = 100.0  # the noise of 16 bits alone, so much louder, is still no speech
+VAD_FRAME = 512  # samples that the VAD judges at a time
+VAD_FIRST_SECONDS = 45  # looked at together at first, so that the first words soon come
+VAD_BLOCK_SECONDS = 120  # and then; memory is flat however long the file is
 
 
 @dataclasses.dataclass
@@ -3718,6 +3726,8 @@ def join_runs(
     ([[(10, 80), (90, 95), (150, 155)]], [[(0, 10), (90, 120)]])
     >>> join_runs([(0, 50), (80, 90), (110, 120)], rate=10)
     [[(0, 50)], [(80, 90), (110, 120)]]
+    >>> join_runs([(0, 40), (50, 75), (80, 120)], rate=10, first=7.0)
+    [[(0, 40), (50, 75)], [(80, 120)]]
     """
     windows: list[list[tuple[int, int]]] = []
     pad, edge, size, spoken = int(PAD_SECONDS * rate), int(EDGE_SECONDS * rate), 0, 0
@@ -3869,7 +3879,7 @@ def cut_windows(blocks: Iterable[Samples], vad: bool) -> Iterator[list[Window]]:
     for piece, last in join_blocks(blocks, VAD_FIRST_SECONDS * RATE, VAD_BLOCK_SECONDS * RATE):
         sound = np.concatenate((kept, piece)) if len(kept) else piece
         speech = find_speech(sound, vad) if len(sound) else []
-        planned = plan_windows(speech, len(sound), RATE, WINDOW_SECONDS if last else first)
+        planned = plan_windows(speech, len(sound), RATE, WINDOW_SECONDS if last and not origin else first)
         held = len(sound)
         if not last:
             unfinished = bool(planned) and len(sound) - speech[-1][1] <= FAR_GAP_SECONDS * RATE
